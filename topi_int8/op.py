@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tvm import relax
-from tvm.ir import Op, make_node
+from tvm.ir import GenericConst, Op, make_node
 from tvm.ir import _ffi_api as _ir_ffi
 
 from . import layout as _layout
@@ -258,7 +258,7 @@ def matmul_workload(call: relax.Call) -> MatmulWorkload:
         m=rows // batch, n=n, k=k, batch=batch,
         data_dtype=str(data.ty.dtype), weight_dtype=str(weight.ty.dtype),
         data_zero_point=attrs["data_zero_point"], weight_zero_point=attrs["weight_zero_point"],
-        weight_constant=isinstance(weight, relax.Constant), transpose_b=attrs["transpose_b"],
+        weight_constant=isinstance(weight, GenericConst), transpose_b=attrs["transpose_b"],
         epilogue=epilogue_of(call),
     )  # fmt: skip
 
