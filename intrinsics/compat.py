@@ -1,0 +1,123 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""The ground floor: the one place that knows which TVM this is.
+
+The kernel core (intrinsics, compute, schedule) runs on TVM 0.17 (Relay) and 0.25-0.27 (Relax). What
+moved between them is reached only through the names here: `tir` (tvm.tir | tvm.tirx), `Schedule`,
+`TensorIntrin`, `get_block`, `child_blocks`, and `parse_prim_func`, which reads TVMScript *text*.
+
+Template tokens of that text: ``{PF}`` the prim_func decorator, ``{block}`` the block context, and
+``{NSIG:n}`` the signature-count argument that call_llvm_intrin takes up to 0.2x only.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tvm
+
+try:
+    import tvm.s_tir as _s_tir
+    import tvm.tirx as tir
+    from tvm.script import tirx as T
+
+    Schedule, TensorIntrin = _s_tir.Schedule, _s_tir.TensorIntrin
+    _Block, _BlockRealize = _s_tir.SBlock, _s_tir.SBlockRealize
+    IS_RELAX = True
+except ImportError:  # TVM <= 0.19
+    from tvm import tir
+    from tvm.script import tir as T
+
+    Schedule, TensorIntrin = tir.Schedule, tir.TensorIntrin
+    _Block, _BlockRealize = tir.Block, tir.BlockRealize
+    IS_RELAX = False
+
+SCHEDULED_ATTR = "tirx.is_scheduled" if IS_RELAX else "tir.is_scheduled"
+NOALIAS_ATTR = "tirx.noalias" if IS_RELAX else "tir.noalias"
+
+
+def parse_prim_func(text: str) -> Any:
+    """Parse a PrimFunc from TVMScript text with this module's template tokens."""
+    if IS_RELAX:
+        text = text.replace("{PF}", "@T.prim_func(s_tir=True)").replace("{block}", "T.sblock")
+        text = re.sub(r"\{NSIG:\d+\}\s*", "", text)
+        return tvm.script.from_source(text, {"T": T})
+    text = text.replace("{PF}", "@T.prim_func").replace("{block}", "T.block")
+    text = re.sub(r"\{NSIG:(\d+)\}", r"T.uint32(\1),", text)
+    return tvm.script.from_source(text, {"T": T})
+
+
+def get_block(sch: Any, name: str) -> Any:
+    """Return the schedulable block of that name."""
+    return sch.get_sblock(name) if IS_RELAX else sch.get_block(name)
+
+
+def child_blocks(sch: Any) -> list[Any]:
+    """Return the blocks under the root block, in program order."""
+    return list(sch.get_child_blocks(get_block(sch, "root")))
+
+
+def block_names(sch: Any) -> list[str]:
+    """Return the names of the blocks under the root block, in program order."""
+    return [sch.get(b).name_hint for b in child_blocks(sch)]
+
+
+def llvm_major() -> int:
+    """Return the major version of the LLVM this TVM was built with."""
+    return int(tvm.target.codegen.llvm_version_major())
+
+
+def dtype_of(expr: Any) -> str:
+    """Return the element dtype of a scalar expression or a TE tensor's element."""
+    expr = expr.asobject() if hasattr(expr, "asobject") else expr
+    if hasattr(expr, "dtype"):
+        return str(expr.dtype)
+    return str(expr.ty.dtype)
+
+
+def register_intrin(name: str, desc: Any, impl: Any) -> None:
+    """Register a tensor intrinsic unless one of that name is already there."""
+    if TensorIntrin.get(name, allow_missing=True) is None:
+        TensorIntrin.register(name, desc, impl)
+
+
+def first_block(func: Any) -> Any:
+    """Return the statement inside a parsed function's root block (or its body if it has none)."""
+    body = func.body
+    block = getattr(body, "block", None)
+    if block is not None and block.name_hint == "root":
+        return block.body
+    return body
+
+
+def call_statement(llvm_name: str) -> Any:
+    """Return a statement that calls an LLVM intrinsic without arguments."""
+    ident = tvm.target.codegen.llvm_lookup_intrinsic_id(llvm_name)
+    signature = [] if IS_RELAX else [tir.const(0, "uint32")]
+    return tir.Evaluate(tir.call_llvm_intrin("void", tir.const(ident, "uint32"), *signature))
+
+
+def extern_statement(name: str, *args: int) -> Any:
+    """Return a statement that calls a C function with int64 arguments."""
+    values = [tir.const(a, "int64") for a in args]
+    return tir.Evaluate(tir.call_extern("int64", name, *values))
+
+
+def with_body(loop: Any, body: Any) -> Any:
+    """Return the loop with another body."""
+    args = [loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding]
+    return tir.For(*args, loop.annotations)
+
+
+def rewrite_root(body: Any, rewrite: Any) -> Any:
+    """Return a PrimFunc body whose root block's statements are ``rewrite([stmt, ...])``."""
+    block = body.block
+    stmts = list(block.body) if isinstance(block.body, tir.SeqStmt) else [block.body]
+    stmts = rewrite(stmts)
+    inner = tir.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
+    rooted = _Block(
+        block.iter_vars, block.reads, block.writes, block.name_hint, inner,
+        block.init, block.alloc_buffers, block.match_buffers, block.annotations,
+    )  # fmt: skip
+    return _BlockRealize(body.iter_values, body.predicate, rooted)

@@ -1,0 +1,306 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""AMX int8: zero, dot and store over a block of tile registers, for all four sign pairs.
+
+A block of C is `oc_blocks x rows_h x (tiles_w * rows) x (oc_tiles * 16)` accumulators held in
+`oc_blocks * oc_tiles * rows_h * tiles_w` tile registers, each `rows` output pixels of one image row by 16
+output channels. A step multiplies it by `k` input channels (64, or fewer for narrow inputs)::
+
+    C[b, h, x, o] += sum_{i, j} A[h * stride_h, x * stride_w, 4*i + j] * B[b * oc_tiles + o / 16, 0, 0, 0, i, o % 16, j]
+
+The strides of a convolution become the row stride of `tileloadd`. The accumulator buffer (scope "local") is never
+touched: its elements live in tile registers between zero and store. Source of the tiling:
+Intel 64 Optimization Reference Manual, chapter 20 (2x2 C tiles need half a load per product).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import compat
+
+_NAME = {"uint8": "u", "int8": "s"}
+TILES = 8
+
+
+def _llvm(name: str, *args: str) -> str:
+    found = f'T.llvm_lookup_intrinsic_id("llvm.x86.{name}")'
+    call = f'T.call_llvm_intrin("void", {found}, {{NSIG:{len(args)}}} {", ".join(args)})'
+    return f"T.evaluate({call})"
+
+
+@dataclass(frozen=True)
+class AmxBlock:
+    """A block of tile registers and the shape of one step. See the module's docstring.
+
+    Parameters
+    ----------
+    a, b : str
+        "uint8" or "int8": dtypes of data and weight.
+    rows : int
+        Pixels in a tile, 1..16.
+    tiles_w, rows_h : int
+        Tiles along a row, and output rows.
+    oc_tiles, oc_blocks : int
+        Tiles of 16 output channels inside a channel block, and channel blocks.
+    k : int
+        Input channels of a step: a multiple of 4, at most 64.
+    stride_h, stride_w : int
+        Steps between output rows and pixels in the data.
+    """
+
+    a: str
+    b: str
+    rows: int
+    tiles_w: int = 1
+    rows_h: int = 1
+    oc_tiles: int = 1
+    oc_blocks: int = 1
+    k: int = 64
+    stride_h: int = 1
+    stride_w: int = 1
+
+    def __post_init__(self) -> None:
+        if self.a not in _NAME or self.b not in _NAME:
+            raise ValueError(f"dtypes are {self.a}, {self.b}; allowed: uint8, int8")
+        if not 1 <= self.rows <= 16:
+            raise ValueError(f"rows is {self.rows}; allowed: 1..16")
+        if self.k % 4 or not 4 <= self.k <= 64:
+            raise ValueError(f"k is {self.k}; allowed: 4..64 in steps of 4")
+        if self.c_tiles + 2 > TILES:
+            raise ValueError(f"C tiles are {self.c_tiles}; allowed: at most {TILES - 2}")
+
+    @property
+    def m_tiles(self) -> int:
+        """Tiles of pixels."""
+        return self.tiles_w * self.rows_h
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of output channels."""
+        return self.oc_tiles * self.oc_blocks
+
+    @property
+    def c_tiles(self) -> int:
+        """Tile registers that accumulate."""
+        return self.m_tiles * self.n_tiles
+
+    @property
+    def name(self) -> str:
+        """Suffix that tells this block from every other."""
+        return (
+            f"{self.rows_h}x{self.tiles_w}x{self.rows}_{self.oc_blocks}x{self.oc_tiles}x16x{self.k}"
+            f"_s{self.stride_h}x{self.stride_w}_{_NAME[self.a]}8{_NAME[self.b]}8s32_amx_int8"
+        )
+
+    # ------------------------------------------------------------ tile numbers
+
+    def _c(self, m: int, n: int) -> int:
+        return m * self.n_tiles + n
+
+    def _operand_tiles(self) -> tuple[list[int], list[int], bool]:
+        """Return (A tiles, B tiles, weights_stay): which operand is loaded once, which rotates."""
+        free = list(range(self.c_tiles, TILES))
+        if self.n_tiles < len(free):
+            return free[self.n_tiles :][: self.m_tiles], free[: self.n_tiles], True
+        return free[: self.m_tiles], free[self.m_tiles :], False
+
+    def config(self) -> list[int]:
+        """Return the 64 bytes of the tile configuration (palette 1) as 8 little-endian words."""
+        rows, colsb = [0] * 16, [0] * 16
+        a_tiles, b_tiles, _ = self._operand_tiles()
+        for tile in range(self.c_tiles):
+            rows[tile], colsb[tile] = self.rows, 64
+        for tile in a_tiles:
+            rows[tile], colsb[tile] = self.rows, self.k
+        for tile in b_tiles:
+            rows[tile], colsb[tile] = self.k // 4, 64
+        data = bytes([1, 0]) + bytes(14)
+        data += b"".join(c.to_bytes(2, "little") for c in colsb) + bytes(rows)
+        return [int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8)]
+
+    # ------------------------------------------------------------ texts
+
+    def _shapes(self) -> dict[str, str]:
+        h = (self.rows_h - 1) * self.stride_h + 1
+        x = (self.tiles_w * self.rows - 1) * self.stride_w + 1
+        k4 = self.k // 4
+        return {
+            "A": f"({h}, {x}, {self.k})",
+            "B": f"({self.n_tiles}, 1, 1, 1, {k4}, 16, 4)",
+            "C": f"({self.oc_blocks}, {self.rows_h}, {self.tiles_w * self.rows}, {self.oc_tiles * 16})",
+            "RA": f"A[0:{h}, 0:{x}, 0:{self.k}]",
+            "RB": f"B[0:{self.n_tiles}, 0, 0, 0, 0:{k4}, 0:16, 0:4]",
+            "RC": f"C[0:{self.oc_blocks}, 0:{self.rows_h}, 0:{self.tiles_w * self.rows}, 0:{self.oc_tiles * 16}]",
+        }  # fmt: skip
+
+    def _nest(self, block: str, reduce: bool, statement: str) -> list[str]:
+        """Return the loops of a desc around one statement, its iterators named v?.
+
+        Iterators of extent 1 are left out: tensorize has moved them outside by the time it compares.
+        """
+        extents = {"b": self.oc_blocks, "h": self.rows_h, "x": self.tiles_w * self.rows}
+        extents["o"] = self.oc_tiles * 16
+        if reduce:
+            extents |= {"i": self.k // 4, "j": 4}
+        kept = [name for name, extent in extents.items() if extent > 1]
+        for name in extents.keys() - set(kept):
+            statement = statement.replace(f"v{name}", "0")
+        loops = ", ".join(str(extents[name]) for name in kept)
+        kinds = "".join("R" if name in "ij" else "S" for name in kept)
+        variables, iters = ", ".join(kept), ", ".join(f"v{name}" for name in kept)
+        return [
+            f"for {variables} in T.grid({loops}):",
+            f'    with {{block}}("{block}"):',
+            f'        {iters} = T.axis.remap("{kinds}", [{variables}])',
+            f"        {statement}",
+        ]
+
+    def _function(self, buffers: str, reads: str, writes: str, body: list[str]) -> object:
+        params = {"a": "A", "b": "B", "c": "C", "o": "O"}
+        handles = ", ".join(f"{p}: T.handle" for p in params if f"{params[p]} = " in buffers)
+        lines = [
+            "{PF}",
+            f"def func({handles}) -> None:",
+            *(f"    {line}" for line in buffers.splitlines()),
+            '    with {block}("root"):',
+            f"        T.reads({reads})",
+            f"        T.writes({writes})",
+            *(f"        {line}" for line in body),
+        ]
+        return compat.parse_prim_func("\n".join(lines) + "\n")
+
+    def _buffer(self, name: str, dtype: str, strides: str | None, scope: str = "global") -> str:
+        shape = self._shapes()["C" if name == "O" else name]
+        layout = f", strides=[{strides}]" if strides else ""
+        return (
+            f'{name} = T.match_buffer({name.lower()}, {shape}, "{dtype}", offset_factor=1'
+            f'{layout}, scope="{scope}")'
+        )
+
+    def zero(self) -> tuple[object, object]:
+        """Return (desc, impl) of ``C = 0``."""
+        s = self._shapes()
+        c = self._buffer("C", "int32", None, "local")
+        desc = self._nest("init", False, "C[vb, vh, vx, vo] = T.int32(0)")
+        impl = [_llvm("tilezero", f"T.uint8({tile})") for tile in range(self.c_tiles)]
+        return self._function(c, "", s["RC"], desc), self._function(c, "", s["RC"], impl)
+
+    def dot(self) -> tuple[object, object]:
+        """Return (desc, impl) of one multiply-accumulate step."""
+        s = self._shapes()
+        buffers = "\n".join(
+            [
+                "sh, sx, sb = T.int32(), T.int32(), T.int32()",
+                "sc, sy, sk = T.int32(), T.int32(), T.int32()",
+                self._buffer("A", self.a, "sh, sx, 1"),
+                self._buffer("B", self.b, "sb, sc, sy, sk, 64, 4, 1"),
+                self._buffer("C", "int32", None, "local"),
+            ]
+        )
+        reads = f"{s['RC']}, {s['RA']}, {s['RB']}"
+        strided = f"A[vh * {self.stride_h}, vx * {self.stride_w}, vi * 4 + vj]"
+        weight = f"B[vb * {self.oc_tiles} + T.floordiv(vo, 16), 0, 0, 0, vi, T.floormod(vo, 16), vj]"
+        c = "C[vb, vh, vx, vo]"
+        step = f'{c} = {c} + T.Cast("int32", {strided}) * T.Cast("int32", {weight})'
+        desc = self._nest("update", True, step)
+        return (
+            self._function(buffers, reads, s["RC"], desc),
+            self._function(buffers, reads, s["RC"], self._dot_body()),
+        )
+
+    def _dot_body(self) -> list[str]:
+        a_tiles, b_tiles, weights_stay = self._operand_tiles()
+        product = f"tdpb{_NAME[self.a]}{_NAME[self.b]}d"
+
+        def load_a(m: int) -> str:
+            h, w = divmod(m, self.tiles_w)
+            offset = f"{h * self.stride_h} * sh + {w * self.rows * self.stride_w} * sx"
+            tile = a_tiles[m % len(a_tiles)]
+            stride = f'T.Cast("int64", sx * {self.stride_w})'
+            return _llvm("tileloadd64", f"T.uint8({tile})", f'A.access_ptr("r", offset={offset})', stride)
+
+        def load_b(n: int) -> str:
+            tile = b_tiles[n % len(b_tiles)]
+            address = f'B.access_ptr("r", offset={n} * sb)'
+            return _llvm("tileloadd64", f"T.uint8({tile})", address, "T.int64(64)")
+
+        def multiply(m: int, n: int) -> str:
+            tiles = (self._c(m, n), a_tiles[m % len(a_tiles)], b_tiles[n % len(b_tiles)])
+            return _llvm(product, *(f"T.uint8({t})" for t in tiles))
+
+        body: list[str] = []
+        outer, inner = (self.m_tiles, self.n_tiles) if weights_stay else (self.n_tiles, self.m_tiles)
+        for i in range(outer):
+            body.append(load_a(i) if weights_stay else load_b(i))
+            for j in range(inner):
+                if i == 0:
+                    body.append(load_b(j) if weights_stay else load_a(j))
+                body.append(multiply(i, j) if weights_stay else multiply(j, i))
+        return body
+
+    def store(self) -> tuple[object, object]:
+        """Return (desc, impl) of ``O = C``: tiles written to an int32 buffer."""
+        s = self._shapes()
+        buffers = "\n".join(
+            [
+                "sb, sh, sx = T.int32(), T.int32(), T.int32()",
+                self._buffer("C", "int32", None, "local"),
+                self._buffer("O", "int32", "sb, sh, sx, 1"),
+            ]
+        )
+        writes = "O" + s["RC"][1:]
+        desc = self._nest("store", False, "O[vb, vh, vx, vo] = C[vb, vh, vx, vo]")
+        impl = []
+        for m in range(self.m_tiles):
+            h, w = divmod(m, self.tiles_w)
+            for n in range(self.n_tiles):
+                b, t = divmod(n, self.oc_tiles)
+                offset = f"{b} * sb + {h} * sh + {w * self.rows} * sx + {t * 16}"
+                address = f'O.access_ptr("w", offset={offset})'
+                stride = 'T.Cast("int64", sx * 4)'
+                impl.append(_llvm("tilestored64", f"T.uint8({self._c(m, n)})", address, stride))
+        return (
+            self._function(buffers, s["RC"], writes, desc),
+            self._function(buffers, s["RC"], writes, impl),
+        )
+
+    def register(self) -> tuple[str, str, str]:
+        """Register zero, dot and store (once) and return their names."""
+        names = []
+        for what in ("zero", "dot", "store"):
+            name = f"topi_int8.{what}_{self.name}"
+            compat.register_intrin(name, *getattr(self, what)())
+            names.append(name)
+        return names[0], names[1], names[2]
+
+
+def configure(block: AmxBlock) -> object:
+    """Return the block statement that loads this tile configuration on the running thread."""
+    stores = "\n".join(f"        cfg[{i}] = T.uint64({w})" for i, w in enumerate(block.config()))
+    alloc = "T.sblock_alloc_buffer" if compat.IS_RELAX else "T.alloc_buffer"
+    text = f"""
+{{PF}}
+def func() -> None:
+    with {{block}}("amx_config"):
+        T.reads()
+        T.writes()
+        cfg = {alloc}((8,), "uint64")
+{stores}
+        {_llvm("ldtilecfg", 'cfg.access_ptr("r")')}
+"""
+    return compat.first_block(compat.parse_prim_func(text))
+
+
+def release() -> object:
+    """Return the statement that gives the tile registers back (smaller context switches)."""
+    return compat.call_statement("llvm.x86.tilerelease")
+
+
+def request_permission() -> object:
+    """Return the statement that asks Linux for AMX tile state for this process.
+
+    arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA); granted once, asking again is harmless. Kernel
+    documentation: Documentation/arch/x86/xstate.rst.
+    """
+    return compat.extern_statement("syscall", 158, 0x1023, 18)

@@ -1,0 +1,350 @@
+"""Convolution over packed activations (NCHW[c]c), as TE: pad, accumulate, epilogue, crop.
+
+One algorithm serves every instruction set; what differs is the packing, held by `PackedConv2d`::
+
+    xp[n, cb, y, x, i]         = data inside, the zero point outside         (stage "pad", if needed)
+    acc[n, ob, y, x, o]        = sum over cb, kh, kw, i of xp * weight       (stage "conv")
+    out[n, ob, y, x, o]        = epilogue(acc)                               (stage "out")
+
+Zero points. sum (x - zx) * w = sum x*w - zx * sum w; the second term is constant per output channel
+and folded into the bias, and borders are padded with zx so that it holds everywhere. Signed data on
+an instruction that wants unsigned is read as x + 128 with zero point zx + 128: the same formula.
+Where the kernel widens to int16 first, x - zx and w - zw are formed exactly and nothing is folded.
+
+Groups. A group whose channels do not fill whole blocks is merged with its neighbours into the
+smallest super-group that does (all groups at the most), its weight block-diagonal: the channel
+blocks then line up and the inner loops never gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tvm import te
+
+from intrinsics.compat import dtype_of, tir
+
+from ..layout import Layout
+from ..workload import Conv2dWorkload
+from .epilogue import apply
+
+
+@dataclass(frozen=True)
+class PackedConv2d:
+    """A convolution with its packing.
+
+    Parameters
+    ----------
+    work : Conv2dWorkload
+    in_block, out_block : int
+        Channels per block of data and output (``NCHW{block}c``).
+    lanes : int
+        Output channels in the weight's inner vector; divides out_block.
+    k : int
+        Neighbouring input channels that the dot product reduces at once; divides in_block.
+    data_dtype, weight_dtype : str
+        What the inner loop reads: uint8/int8 with folded zero points, int16 with zero points
+        subtracted, or float32.
+    ow_padded : int
+        Output columns computed (>= work.ow): whole tiles. The surplus is cropped.
+    fold : int
+        Not 0 for narrow inputs (a network's stem): the pad stage lays the kw taps of each output
+        column side by side, kw * ic channels in one block of `fold`, and the convolution that is
+        left has kw = 1 and no horizontal stride. With kw = 1 it just widens the block.
+    out_store : int
+        Channels of each output block that are stored (0: all of them). Less than out_block where the
+        output is a plain matrix whose width is no whole number of vectors.
+    """
+
+    work: Conv2dWorkload
+    in_block: int
+    out_block: int
+    lanes: int
+    k: int
+    data_dtype: str
+    weight_dtype: str
+    ow_padded: int = 0
+    fold: int = 0
+    out_store: int = 0
+
+    def __post_init__(self) -> None:
+        if self.out_block % self.lanes:
+            raise ValueError(f"lanes is {self.lanes}; allowed: a divisor of {self.out_block}")
+        if self.step_block % self.k:
+            raise ValueError(f"k is {self.k}; allowed: a divisor of {self.step_block}")
+        if self.fold and (self.work.groups != 1 or self.fold < self.work.ic * self.work.kw):
+            raise ValueError(
+                f"fold is {self.fold}; allowed: >= ic * kw = {self.work.ic * self.work.kw}, groups 1"
+            )
+        if self.ow_padded == 0:
+            object.__setattr__(self, "ow_padded", self.work.ow)
+        if self.out_store == 0:
+            object.__setattr__(self, "out_store", self.out_block)
+        if self.out_store > self.out_block:
+            raise ValueError(f"out_store is {self.out_store}; allowed: <= {self.out_block}")
+        if self.ow_padded < self.work.ow:
+            raise ValueError(f"ow_padded is {self.ow_padded}; allowed: >= {self.work.ow}")
+
+    # ------------------------------------------------------------ shapes
+
+    @property
+    def data_layout(self) -> Layout:
+        """Layout of the data."""
+        return Layout.packed(self.in_block)
+
+    @property
+    def out_layout(self) -> Layout:
+        """Layout of the output and of the residual."""
+        return Layout.packed(self.out_block)
+
+    @cached_property
+    def super_groups(self) -> int:
+        """Groups after merging, each a whole number of blocks of input and output channels."""
+        w = self.work
+        icg, ocg = w.ic // w.groups, w.oc // w.groups
+        for merged in range(1, w.groups):
+            whole = (merged * icg) % self.in_block == 0 and (merged * ocg) % self.out_block == 0
+            if w.groups % merged == 0 and whole:
+                return w.groups // merged
+        return 1
+
+    @property
+    def in_blocks(self) -> int:
+        """Blocks of input channels."""
+        return -(-self.work.ic // self.in_block)
+
+    @property
+    def out_blocks(self) -> int:
+        """Blocks of output channels."""
+        return -(-self.work.oc // self.out_block)
+
+    @property
+    def step_block(self) -> int:
+        """Channels per block as the inner loop reads them."""
+        return self.fold or self.in_block
+
+    @property
+    def taps_w(self) -> int:
+        """Horizontal taps of the inner loop."""
+        return 1 if self.fold else self.work.kw
+
+    @property
+    def step_strides(self) -> tuple[int, int]:
+        """Strides of the inner loop over the padded data."""
+        return (self.work.strides[0], 1) if self.fold else self.work.strides
+
+    @property
+    def in_blocks_per_group(self) -> int:
+        """Blocks of input channels that one output channel sums over."""
+        return 1 if self.fold else self.in_blocks // self.super_groups
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Packed weight: (oc/lanes, ic blocks, kh, kw, in_block/k, lanes, k)."""
+        w = self.work
+        return (
+            self.out_blocks * self.out_block // self.lanes,
+            self.in_blocks_per_group, w.kh, self.taps_w, self.step_block // self.k, self.lanes, self.k,
+        )  # fmt: skip
+
+    @property
+    def data_zero_point(self) -> int:
+        """The zero point of the data as the dot product reads it."""
+        shift = {("int8", "uint8"): 128, ("uint8", "int8"): -128}
+        return self.work.data_zero_point + shift.get((self.work.data_dtype, self.data_dtype), 0)
+
+    @property
+    def widens(self) -> bool:
+        """Whether data is widened to int16, zero points subtracted, before the inner loop."""
+        return self.data_dtype == "int16"
+
+    @property
+    def needs_pad(self) -> bool:
+        """Whether the inner loop cannot read the data where it lies."""
+        w = self.work
+        return bool(
+            any(w.padding)
+            or self.fold
+            or self.ow_padded != w.ow
+            or self.data_dtype != w.data_dtype
+        )
+
+    @property
+    def crops(self) -> bool:
+        """Whether more is computed than stored, so that a last pass copies what is wanted."""
+        return self.ow_padded != self.work.ow or self.out_store != self.out_block
+
+    # ------------------------------------------------------------ numpy packers
+
+    def pack_weight(self, weight: np.ndarray) -> np.ndarray:
+        """Pack an OIHW weight (oc, ic/groups, kh, kw) into `weight_shape`.
+
+        Raises
+        ------
+        ValueError
+            If a weight zero point cannot be subtracted within the packed dtype.
+        """
+        w = self.work
+        icg, ocg = w.ic // w.groups, w.oc // w.groups
+        wide = weight if w.is_float else weight.astype("int32") - w.weight_zero_point
+        if self.fold:
+            wide = wide.transpose(0, 2, 3, 1).reshape(w.oc, w.kh, 1, w.kw * w.ic)
+            wide = wide.transpose(0, 3, 1, 2)
+            icg = w.kw * w.ic
+        group_ic = self.in_blocks_per_group * self.step_block
+        dense = np.zeros((self.out_blocks * self.out_block, group_ic, w.kh, self.taps_w), wide.dtype)
+        per_super = w.groups // self.super_groups
+        for g in range(w.groups):
+            at = (g % per_super) * icg
+            dense[g * ocg : (g + 1) * ocg, at : at + icg] = wide[g * ocg : (g + 1) * ocg]
+        narrow = dense.astype(self.weight_dtype)
+        if not np.array_equal(narrow, dense):
+            raise ValueError(
+                f"weight minus weight_zero_point={w.weight_zero_point} spans "
+                f"[{dense.min()}, {dense.max()}]; allowed: the range of {self.weight_dtype}"
+            )
+        o, i = narrow.shape[0] // self.lanes, self.step_block // self.k
+        blocks = self.in_blocks_per_group
+        split = narrow.reshape(o, self.lanes, blocks, i, self.k, w.kh, self.taps_w)
+        return np.ascontiguousarray(split.transpose(0, 2, 5, 6, 3, 1, 4))
+
+    def pack_bias(self, bias: np.ndarray | None, weight: np.ndarray) -> np.ndarray:
+        """Return the bias (out_blocks, out_block) with the zero point's compensation folded in.
+
+        int32 arithmetic wraps like the kernel's own; float32 for float workloads.
+        """
+        w = self.work
+        full = np.zeros(self.out_blocks * self.out_block, "float32" if w.is_float else "int64")
+        if bias is not None:
+            full[: w.oc] = bias
+        if not w.is_float and not self.widens:
+            sums = (weight.astype("int64") - w.weight_zero_point).reshape(w.oc, -1).sum(1)
+            full[: w.oc] -= self.data_zero_point * sums
+        if not w.is_float:
+            full = full.astype("int32")
+        return full.reshape(self.out_blocks, self.out_block)
+
+    def pack_scale(self, scale: np.ndarray) -> np.ndarray:
+        """Return the float32 multiplier (out_blocks, out_block); padding channels get 0."""
+        full = np.zeros(self.out_blocks * self.out_block, "float32")
+        full[: self.work.oc] = scale
+        return full.reshape(self.out_blocks, self.out_block)
+
+    @property
+    def folds_bias(self) -> bool:
+        """Whether the kernel adds a bias: the workload's own, or the zero point's compensation."""
+        folded = not self.work.is_float and not self.widens and self.data_zero_point != 0
+        return self.work.epilogue.bias or folded
+
+
+def _convert(conv: PackedConv2d, value: Any) -> Any:
+    """Return one element of the data as the inner loop reads it."""
+    if conv.widens:
+        wide = value.astype("int16")
+        zero_point = conv.work.data_zero_point
+        return wide - tir.const(zero_point, "int16") if zero_point else wide
+    if dtype_of(value) != conv.data_dtype:
+        # x + 128 modulo 256 is x with the sign bit flipped.
+        flipped = tir.reinterpret("uint8", value) if dtype_of(value) == "int8" else value
+        flipped = flipped ^ tir.const(128, "uint8")
+        return flipped if conv.data_dtype == "uint8" else tir.reinterpret("int8", flipped)
+    return value
+
+
+def conv2d(conv: PackedConv2d) -> list[Any]:
+    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution."""
+    w, epi = conv.work, conv.work.epilogue
+    acc_dtype = "float32" if w.is_float else "int32"
+    data = te.placeholder((w.n, conv.in_blocks, w.ih, w.iw, conv.in_block), w.data_dtype, "data")
+    weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
+    out_shape = (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store)
+    channel_shape = (conv.out_blocks, conv.out_block)
+    args = [data, weight]
+    bias = scale = residual = None
+    if conv.folds_bias:
+        bias = te.placeholder(channel_shape, acc_dtype, "bias")
+        args.append(bias)
+    if epi.scale:
+        scale = te.placeholder(channel_shape, "float32", "scale")
+        args.append(scale)
+    if epi.residual_dtype:
+        residual = te.placeholder(out_shape, epi.residual_dtype, "residual")
+        args.append(residual)
+
+    source = pad_stage(conv, data) if conv.needs_pad else data
+    sh, sw = conv.step_strides
+    dh, dw = w.dilation
+    out_blocks_per_group = conv.out_blocks // conv.super_groups
+    cb = te.reduce_axis((0, conv.in_blocks_per_group), "cb")
+    kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, conv.taps_w), "kw")
+    ik = te.reduce_axis((0, conv.step_block // conv.k), "ik")
+    kk = te.reduce_axis((0, conv.k), "kk")
+    vectors = conv.out_block // conv.lanes
+
+    def first_block(ob: Any) -> Any:
+        if conv.super_groups == 1:
+            return 0
+        return tir.floordiv(ob, out_blocks_per_group) * conv.in_blocks_per_group
+
+    def product(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
+        a = source[n, first_block(ob) + cb, y * sh + kh * dh, x * sw + kw * dw, ik * conv.k + kk]
+        vec, lane = tir.floordiv(o, conv.lanes), tir.floormod(o, conv.lanes)
+        b = weight[ob * vectors + vec, cb, kh, kw, ik, lane, kk]
+        return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[cb, kh, kw, ik, kk])
+
+    acc_shape = (w.n, conv.out_blocks, w.oh, conv.ow_padded, conv.out_block)
+    acc = te.compute(acc_shape, product, name="conv")
+
+    def store(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
+        # In a padded column the residual is read at the last real one: the value is cropped away.
+        rx = x if conv.ow_padded == w.ow else tir.min(x, w.ow - 1)
+        ro = o if conv.out_store == conv.out_block else tir.min(o, conv.out_store - 1)
+        return apply(
+            epi,
+            acc[n, ob, y, x, o],
+            bias[ob, o] if bias is not None else None,
+            scale[ob, o] if scale is not None else None,
+            residual[n, ob, y, rx, ro] if residual is not None else None,
+        )
+
+    out = te.compute(acc_shape, store, name="out")
+    if conv.crops:
+        stored = out
+        out = te.compute(out_shape, lambda *index: stored[index], name="crop")
+    return [*args, out]
+
+
+def pad_stage(conv: PackedConv2d, data: Any) -> Any:
+    """Return the data with borders, converted to what the inner loop reads."""
+    w = conv.work
+    top, left, bottom, right = w.padding
+    needed = (conv.ow_padded - 1) * w.strides[1] + (w.kw - 1) * w.dilation[1] + 1
+    height, width = w.ih + top + bottom, max(w.iw + left + right, needed)
+    border = 0 if conv.widens or w.is_float else conv.data_zero_point
+
+    def padded(n: Any, c: Any, y: Any, x: Any, i: Any) -> Any:
+        inside = []
+        if conv.fold:
+            # Channel i of column x holds tap i // ic of input channel i % ic.
+            tap = tir.floordiv(i, w.ic)
+            x, i = x * w.strides[1] + tap * w.dilation[1], tir.floormod(i, w.ic)
+            if conv.fold > w.ic * w.kw:
+                inside.append(tap < w.kw)
+        if top:
+            inside.append(y >= top)
+        if bottom:
+            inside.append(y < top + w.ih)
+        if left:
+            inside.append(x >= left)
+        if width > left + w.iw:
+            inside.append(x < left + w.iw)
+        value = _convert(conv, data[n, c, y - top, x - left, i])
+        if not inside:
+            return value
+        return tir.if_then_else(tir.all(*inside), value, tir.const(border, conv.data_dtype))
+
+    columns, blocks = (conv.ow_padded, 1) if conv.fold else (width, conv.in_blocks)
+    return te.compute((w.n, blocks, height, columns, conv.step_block), padded, name="pad")

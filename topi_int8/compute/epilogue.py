@@ -1,0 +1,84 @@
+"""The fused epilogue in TE: bias, requantize, residual, clip, and the cast to the stored type.
+
+Rounding half to even without a rounding instruction: adding 1.5 * 2**23 to a float32 of magnitude
+under 2**22 leaves the rounded integer in the low mantissa bits, by the IEEE addition's own rounding.
+One add replaces vrndscale + vcvttps2dq on x86 and frint + fcvtzs on ARM, and every ISA has it. The
+clamp comes first, in float: clamping to integers commutes with rounding, and it bounds the magnitude.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intrinsics.compat import dtype_of, tir
+
+from ..workload import Epilogue
+
+_MAGIC = 12582912.0  # 1.5 * 2**23
+_MAGIC_BITS = 0x4B400000  # its bit pattern; the low byte is 0
+
+
+def f32(value: Any) -> Any:
+    """Return a float32 constant, or an expression cast to float32."""
+    return tir.const(value, "float32") if isinstance(value, int | float) else value.astype("float32")
+
+
+def quantize_value(value: Any, zero_point: int, low: float, high: float, dtype: str) -> Any:
+    """Return ``clip(rint(value) + zero_point, low, high)`` as `dtype`, for a float32 expression.
+
+    `low` and `high` are integers inside the range of an 8-bit `dtype`.
+    """
+    value = tir.max(value, f32(float(low - zero_point)))
+    value = tir.min(value, f32(float(high - zero_point)))
+    bits = tir.reinterpret("int32", value + f32(_MAGIC))
+    if zero_point:
+        bits = bits + tir.const(zero_point - _MAGIC_BITS, "int32")
+    return bits.astype(dtype)
+
+
+def dequantize_value(value: Any, zero_point: int, scale: float) -> Any:
+    """Return ``(value - zero_point) * scale`` in float32 for an 8-bit expression."""
+    shifted = value.astype("int32")
+    if zero_point:
+        shifted = shifted - tir.const(zero_point, "int32")
+    return f32(shifted) * f32(float(scale))
+
+
+def clip_value(value: Any, low: float | None, high: float | None, dtype: str) -> Any:
+    """Return value clipped to the bounds that are not None."""
+    if low is not None:
+        value = tir.max(value, tir.const(low, dtype))
+    if high is not None:
+        value = tir.min(value, tir.const(high, dtype))
+    return value
+
+
+def apply(epilogue: Epilogue, acc: Any, bias: Any, scale: Any, residual: Any) -> Any:
+    """Return the stored value for one accumulator element; absent operands are None.
+
+    The arithmetic is `workload`'s. `acc` is int32 (or float32 in a float32 workload).
+    """
+    if bias is not None:
+        acc = acc + bias
+    if epilogue.out_dtype == "int32":
+        if epilogue.clip_min is None and epilogue.clip_max is None:
+            return acc
+        low, high = epilogue.bounds()
+        return clip_value(acc, int(low), int(high), "int32")
+    value = f32(acc) if dtype_of(acc) != "float32" else acc
+    if scale is not None:
+        value = value * scale
+    if residual is not None:
+        if dtype_of(residual) == "float32":
+            scaled = residual
+            if epilogue.residual_scale != 1.0:
+                scaled = scaled * f32(epilogue.residual_scale)
+        else:
+            scaled = dequantize_value(
+                residual, epilogue.residual_zero_point, epilogue.residual_scale
+            )
+        value = value + scaled
+    low, high = epilogue.bounds()
+    if epilogue.out_dtype == "float32":
+        return clip_value(value, low, high, "float32")
+    return quantize_value(value, epilogue.out_zero_point, low, high, epilogue.out_dtype)

@@ -1,0 +1,176 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""NCHW[c]c spatial pack with a broadcast dot product: VNNI, AVX-512BW, AVX2, and plain FMA.
+
+The register tile is `tile_h x tile_w` output pixels by `vectors` vectors of output channels, all of
+it held in registers over the whole reduction: each step broadcasts the activations of every pixel
+once and multiplies them with every weight vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import te
+
+from intrinsics import compat
+from intrinsics.compat import Schedule
+
+from ..compute.conv2d import PackedConv2d, conv2d
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: output rows x columns, blocks of output channels, and vectors in each block."""
+
+    height: int
+    width: int
+    blocks: int
+    vectors: int
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels in the tile."""
+        return self.height * self.width
+
+    @property
+    def accumulators(self) -> int:
+        """Vector registers that hold the tile."""
+        return self.pixels * self.blocks * self.vectors
+
+
+def divisors(n: int, limit: int) -> list[int]:
+    """Return the divisors of n up to limit, ascending."""
+    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
+
+
+def choose_tile(
+    oh: int, ow: int, out_blocks: int, vectors: int, registers: int, uops: int
+) -> tuple[Tile, int]:
+    """Choose the register tile and the padded output width by a cost rule.
+
+    Cost per output and reduction step, in issued operations: `uops` for the product, plus one
+    broadcast shared by the tile's vectors and one weight load shared by its pixels. Columns that pad
+    the last tile are waste, and cropping them costs another pass; under ten accumulators the
+    multiplier's latency (5 cycles, two a cycle) shows.
+
+    Parameters
+    ----------
+    oh, ow : int
+        Output height and width.
+    out_blocks : int
+        Blocks of output channels that share their input (per group).
+    vectors : int
+        Weight vectors in one block.
+    registers : int
+        Vector registers of the ISA.
+    uops : int
+        Vector operations of one dot product.
+
+    Returns
+    -------
+    tile : Tile
+    ow_padded : int
+    """
+    best: tuple[float, Tile, int] | None = None
+    # Registers not holding the tile: the weight vectors, one broadcast, and a product to add.
+    spare = 1 + (uops > 1)
+    for block_vectors in divisors(vectors, vectors):
+        # All of a block's vectors before several blocks.
+        for blocks in divisors(out_blocks, 4) if block_vectors == vectors else [1]:
+            total = blocks * block_vectors
+            if total > max(registers // 4, 1):
+                continue
+            for height in divisors(oh, registers):
+                for width in range(1, min(ow, registers) + 1):
+                    tile = Tile(height, width, blocks, block_vectors)
+                    if tile.accumulators + total + spare > registers:
+                        break
+                    padded = -(-ow // width) * width
+                    cost = uops + 1 / total + 1 / tile.pixels
+                    cost *= padded / ow * (1.0 if padded == ow else 1.05)
+                    cost *= max(1.0, 10 / tile.accumulators) ** 0.5
+                    # Wide tiles over tall ones: their loads are closer together.
+                    cost *= 1 + 0.002 * height
+                    if best is None or cost < best[0]:
+                        best = (cost, tile, padded)
+    assert best is not None, "a tile of one accumulator always fits"
+    return best[1], best[2]
+
+
+def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
+    """Return the scheduled PrimFunc of a packed convolution.
+
+    Parameters
+    ----------
+    conv : PackedConv2d
+        ``ow_padded`` must be whole tiles.
+    tile : Tile
+    intrinsic : str or None
+        Registered tensor intrinsic of the inner (lanes, k) product; None vectorises it instead.
+    """
+    sch = Schedule(te.create_prim_func(conv2d(conv)))
+    names = compat.block_names(sch)
+    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
+
+    # 1. Tile the output: blocks of channels, rows, columns, vectors; the tile innermost.
+    n, ob, oh, ow, o = sch.get_loops(out)
+    obo, obi = sch.split(ob, [None, tile.blocks])
+    oho, ohi = sch.split(oh, [None, tile.height])
+    owo, owi = sch.split(ow, [None, tile.width])
+    voo, voi, lanes = sch.split(o, [None, tile.vectors, conv.lanes])
+    sch.reorder(n, obo, voo, oho, owo, obi, ohi, owi, voi, lanes)
+
+    # 2. Threads share out batch, channels and rows.
+    outer = sch.fuse(n, obo, voo, oho)
+    sch.parallel(outer)
+
+    # 3. The accumulators live at one tile.
+    sch.compute_at(acc, owo, preserve_unit_loops=True)
+    an, aob, ay, ax, ao, cb, kh, kw, ik, kk = sch.get_loops(acc)[-10:]
+    avec, alane = sch.split(ao, [tile.vectors, conv.lanes])
+    sch.reorder(an, cb, kh, kw, ik, ay, ax, aob, avec, alane, kk)
+    for loop in (ay, ax, aob, avec):
+        sch.unroll(loop)
+
+    # 4. Zero, accumulate, store; all in vectors of `lanes`. (A reduction can only be vectorised whole.)
+    if intrinsic is None:
+        sch.reorder(kk, alane)
+        sch.vectorize(alane)
+    init = sch.decompose_reduction(acc, cb)
+    zero_in_vectors(sch, init, 4)
+    if intrinsic is not None:
+        sch.tensorize(alane, intrinsic)
+    for loop in (obi, ohi, owi, voi):
+        sch.unroll(loop)
+    sch.vectorize(lanes)
+
+    # 5. Borders and crop are plain copies.
+    for name in ("pad", "crop"):
+        if name in names:
+            copy_stage(sch, compat.get_block(sch, name))
+    return finish(sch)
+
+
+def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
+    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled."""
+    *_, lanes = loops = sch.get_loops(init)
+    for loop in loops[-1 - unrolled : -1]:
+        sch.unroll(loop)
+    sch.vectorize(lanes)
+
+
+def copy_stage(sch: Any, block: Any) -> None:
+    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64."""
+    *rows, column, channel = sch.get_loops(block)
+    width = max(divisors(int(sch.get(channel).extent), 64))
+    outer, vector = sch.split(channel, [None, width])
+    sch.vectorize(vector)
+    sch.parallel(sch.fuse(*rows) if rows else column)
+
+
+def finish(sch: Any) -> Any:
+    """Return the schedule's PrimFunc, marked as scheduled and free of aliasing."""
+    func = sch.mod["main"]
+    return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})

@@ -1,0 +1,153 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""Direct convolution on AMX tiles: up to 2x2 tiles of int32, the requantize epilogue from L1.
+
+A C tile is `rows` pixels of one output row by 16 output channels. `tileloadd` steps over pixels with
+the convolution's own stride, so nothing is gathered; a tap of the kernel is a constant offset.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import te
+
+from intrinsics import compat, x86_amx
+from intrinsics.compat import Schedule, tir
+
+from ..compute.conv2d import PackedConv2d, conv2d
+from .spatial_pack import copy_stage, divisors, finish
+
+
+def choose_rows(ow: int) -> tuple[int, int]:
+    """Return (rows, ow_padded): the pixels of a tile, and whole tiles of them over an output row.
+
+    A tdp takes `rows` cycles whatever else, so short tiles waste no multiplies; what each tile costs
+    besides is its loads (about 8 cycles a 16-row tile) and its share of the loop. Padding columns
+    are wasted work and cost a crop.
+    """
+    best = (float("inf"), 1, ow)
+    for rows in range(1, 17):
+        padded = -(-ow // rows) * rows
+        cost = (padded / rows) * (rows + 8) * (1.0 if padded == ow else 1.05)
+        best = min(best, (cost, rows, padded))
+    return best[1], best[2]
+
+
+def choose_step(channels: int) -> int:
+    """Return the input channels of one tile step: the largest divisor in 4..64 that is a multiple of 4."""
+    return max(d for d in range(4, 65, 4) if channels % d == 0)
+
+
+def choose_block(conv: PackedConv2d, rows: int) -> x86_amx.AmxBlock:
+    """Choose how many tiles to keep: 2x2 where the shape divides, else the nearest to it.
+
+    With m x n C tiles a step loads m + n tiles for m * n products, so the squarer the better.
+    """
+    w = conv.work
+    per_group = conv.out_blocks // conv.super_groups
+    step = choose_step(conv.step_block)
+    best: tuple[tuple[float, int], dict[str, int]] | None = None
+    for tiles_w in divisors(conv.ow_padded // rows, 4):
+        for rows_h in divisors(w.oh, 4):
+            for oc_tiles in divisors(conv.out_block // 16, 4):
+                for oc_blocks in divisors(per_group, 4):
+                    m, n = tiles_w * rows_h, oc_tiles * oc_blocks
+                    if m * n > 4 or (oc_blocks > 1 and oc_tiles * 16 != conv.out_block):
+                        continue
+                    # Loads (A by its rows, B in full) against products, per product.
+                    load = (m * rows / 2 + n * step / 8) / (m * n)
+                    cost = (max(load, rows) + 0.2 * load, rows_h)
+                    if best is None or cost < best[0]:
+                        best = cost, dict(
+                            tiles_w=tiles_w, rows_h=rows_h, oc_tiles=oc_tiles, oc_blocks=oc_blocks
+                        )
+    assert best is not None, "one tile always fits"
+    sh, sw = conv.step_strides
+    return x86_amx.AmxBlock(
+        conv.data_dtype, conv.weight_dtype, rows,
+        k=step, stride_h=sh, stride_w=sw, **best[1],
+    )  # fmt: skip
+
+
+def schedule(conv: PackedConv2d, block: x86_amx.AmxBlock, ask_permission: bool) -> Any:
+    """Return the scheduled PrimFunc of a packed convolution on AMX.
+
+    `conv.lanes` is 16 and `conv.k` is 4: that is how a B tile lies in memory. With `ask_permission`
+    the function asks the operating system for tile state before it starts.
+    """
+    zero, dot, store = block.register()
+    sch = Schedule(te.create_prim_func(conv2d(conv)))
+    names = compat.block_names(sch)
+    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
+
+    # 1. Tile the output: one block of C tiles innermost.
+    n, ob, oh, ow, o = sch.get_loops(out)
+    obo, obi = sch.split(ob, [None, block.oc_blocks])
+    oho, ohi = sch.split(oh, [None, block.rows_h])
+    owo, owi = sch.split(ow, [None, block.tiles_w * block.rows])
+    oo, oi = sch.split(o, [None, block.oc_tiles * 16])
+    sch.reorder(n, obo, oo, oho, owo, obi, ohi, owi, oi)
+
+    # 2. Threads share out batch, channels and rows.
+    sch.parallel(sch.fuse(n, obo, oo, oho))
+
+    # 3. C lives in tile registers over the reduction and is stored to a small buffer once.
+    sch.compute_at(acc, owo, preserve_unit_loops=True)
+    stored = sch.cache_write(acc, 0, "local")
+    an, aob, ay, ax, ao, cb, kh, kw, ik, kk = sch.get_loops(acc)[-10:]
+    step, ik = sch.split(ik, [None, block.k // 4])
+    sch.reorder(an, cb, kh, kw, step, aob, ay, ax, ao, ik, kk)
+
+    # 4. Zero, multiply-accumulate, store.
+    init = sch.decompose_reduction(acc, cb)
+    sch.tensorize(iterating(sch, sch.get_loops(init)[-4:]), zero)
+    sch.tensorize(iterating(sch, [aob, ay, ax, ao, ik, kk]), dot)
+    sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
+
+    # 5. The epilogue reads that buffer in vectors.
+    oiv, oil = sch.split(oi, [None, 16])
+    sch.vectorize(oil)
+    sch.unroll(oiv)
+
+    # 6. Borders and crop are plain copies.
+    for name in ("pad", "crop"):
+        if name in names:
+            copy_stage(sch, compat.get_block(sch, name))
+    return with_tile_state(finish(sch), block, ask_permission)
+
+
+def iterating(sch: Any, loops: list[Any]) -> Any:
+    """Move loops of extent 1 outside the others and return the outermost that iterates.
+
+    tensorize compares loop by loop, and the intrinsics' descs have no loops of extent 1.
+    """
+    extents = [int(sch.get(loop).extent) for loop in loops]
+    single = [loop for loop, extent in zip(loops, extents, strict=True) if extent == 1]
+    wide = [loop for loop, extent in zip(loops, extents, strict=True) if extent > 1]
+    sch.reorder(*single, *wide)
+    return wide[0]
+
+
+def with_tile_state(func: Any, block: x86_amx.AmxBlock, ask_permission: bool) -> Any:
+    """Return the function with tiles configured at the start of each parallel task that uses them.
+
+    Tile configuration is per thread, so it stands inside the parallel loop.
+    """
+
+    def configured(stmt: Any) -> Any:
+        if not uses_tiles(stmt):
+            return stmt
+        steps = [x86_amx.configure(block), stmt.body, x86_amx.release()]
+        return compat.with_body(stmt, tir.SeqStmt(steps))
+
+    def rewrite(stmts: list[Any]) -> list[Any]:
+        first = [x86_amx.request_permission()] if ask_permission else []
+        return [*first, *(configured(stmt) for stmt in stmts)]
+
+    return func.with_body(compat.rewrite_root(func.body, rewrite))
+
+
+def uses_tiles(stmt: Any) -> bool:
+    """Whether a statement contains an AMX intrinsic."""
+    return "tilezero" in str(stmt)
