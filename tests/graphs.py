@@ -1,4 +1,4 @@
-"""Small helpers the graph tests share: build a Relax module, list its operators, compare signals."""
+"""What the graph tests share: build a Relax module, list its operators, compare signals."""
 
 from __future__ import annotations
 

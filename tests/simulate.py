@@ -41,7 +41,7 @@ def simulate(
     result = _to_numpy(_evaluate(func.body.body, env))
     if not trace:
         return result
-    return result, {var.name_hint: _to_numpy(value) for var, value in env.items()}
+    return result, {var.name: _to_numpy(value) for var, value in env.items()}
 
 
 def _to_numpy(value: Any) -> Any:

@@ -30,7 +30,7 @@ def from_torch(module: torch.nn.Module, example_inputs: Sequence[Any] | Any) -> 
     Raises
     ------
     TypeError
-        ``module`` is not a torch.nn.Module, or ``example_inputs`` holds something else than tensors.
+        ``module`` is no torch.nn.Module, or ``example_inputs`` holds something else than tensors.
     ValueError
         ``module`` is in training mode.
     """

@@ -1,0 +1,157 @@
+"""Calibration: run the fp32 graph over inputs and let observers watch its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from ..target import host_target
+from .observer import Observer
+
+
+def instrument(mod: tvm.IRModule, names: Sequence[str]) -> tvm.IRModule:
+    """Return a module whose ``main`` returns a tuple: its result, then the tensors of those names.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        With a single dataflow block, such as `quantize` returns.
+    names : sequence of str
+        Variable names or parameter names.
+    """
+    func = mod["main"]
+    exposer = _Exposer(mod, names)
+    rebuilt = exposer.visit_expr(func)
+    tensors = {param.name: param for param in rebuilt.params} | exposer.exposed
+    unknown = [name for name in names if name not in tensors]
+    if unknown:
+        raise ValueError(f"names is {unknown}; allowed: names of main's parameters and tensors")
+    results = [rebuilt.body.body, *(tensors[name] for name in names)]
+    body = relax.SeqExpr(rebuilt.body.blocks, relax.Tuple(results))
+    ret_type = relax.TupleType([result.ty for result in results])
+    exposed = relax.Function(rebuilt.params, body, ret_type, func.is_pure, func.attrs)
+    new = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    new.update_func(mod.get_global_var("main"), exposed)
+    return relax.transform.DeadCodeElimination()(relax.transform.Normalize()(new))
+
+
+@mutator
+class _Exposer(PyExprMutator):
+    """Turns named tensors of the dataflow block into results of it."""
+
+    def __init__(self, mod: tvm.IRModule, names: Sequence[str]) -> None:
+        super().__init__(mod)
+        self.names = frozenset(names)
+        self.exposed: dict[str, relax.Var] = {}
+
+    def visit_dataflow_block_(self, block: relax.DataflowBlock) -> relax.BindingBlock:
+        self.builder_._begin_dataflow_block()
+        for binding in block.bindings:
+            self.visit_binding(binding)
+        for name, var in list(self.exposed.items()):
+            if isinstance(var, relax.DataflowVar):
+                self.exposed[name] = self.builder_.emit_output(var)
+        return self.builder_._end_block()
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        super().visit_var_binding_(binding)
+        if binding.var.name in self.names:
+            # Not get_var_remap: asked about a variable that was kept, it stores a null for it.
+            self.exposed[binding.var.name] = self.visit_expr(binding.var)
+
+
+def calibrate(
+    mod: tvm.IRModule,
+    calibration: Iterable[Any],
+    watched: Mapping[str, Observer],
+    *,
+    target: tvm.target.Target | None = None,
+    progress: bool = True,
+) -> int:
+    """Run a prepared module over calibration inputs; each observer sees its tensor. Return how many.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Prepared fp32 module (`graph.prepare`).
+    calibration : iterable
+        Each item is the input of one run: an array, a tuple of arrays in the order of the
+        parameters, or a dict of arrays by parameter name. Shapes are those of the parameters.
+    watched : mapping of str to Observer
+        By variable name.
+    target : tvm.target.Target, optional
+        Where to run; this machine by default.
+    progress : bool
+        Show a progress bar.
+    """
+    names = list(watched)
+    run = _compiled(instrument(mod, names), target or host_target())
+    params = list(mod["main"].params)
+    runs = 0
+    for item in _with_progress(calibration, progress):
+        outputs = run(*(_arguments(item, params, runs)))
+        for name, values in zip(names, outputs[1:], strict=True):
+            values = values.numpy()
+            if not np.isfinite(values).all():
+                raise ValueError(f"calibration item {runs} makes {name} infinite or NaN")
+            watched[name].update(values)
+        runs += 1
+    if runs == 0:
+        raise ValueError("calibration is empty; allowed: an iterable of at least one input")
+    return runs
+
+
+def _compiled(mod: tvm.IRModule, target: tvm.target.Target) -> Callable[..., Any]:
+    vm = relax.VirtualMachine(tvm.compile(mod, target=target), tvm.cpu())
+    return vm["main"]
+
+
+def _arguments(item: Any, params: Sequence[relax.Var], index: int) -> list[Any]:
+    """Return a calibration item as tensors in the order of the parameters."""
+    names = [param.name for param in params]
+    if isinstance(item, Mapping):
+        if set(item) != set(names):
+            raise ValueError(
+                f"calibration item {index} has the inputs {sorted(item)}; allowed: {names}"
+            )
+        arrays = [item[name] for name in names]
+    else:
+        arrays = list(item) if isinstance(item, (tuple, list)) else [item]
+    if len(arrays) != len(params):
+        raise ValueError(
+            f"calibration item {index} has {len(arrays)} inputs; allowed: {len(params)}, {names}"
+        )
+    return [_argument(x, param, index) for x, param in zip(arrays, params, strict=True)]
+
+
+def _argument(value: Any, param: relax.Var, index: int) -> Any:
+    array = np.ascontiguousarray(value, dtype=str(param.ty.dtype))
+    want = [int(dim.value) if hasattr(dim, "value") else None for dim in param.ty.shape]
+    fits = len(want) == array.ndim and all(
+        dim in (None, have) for dim, have in zip(want, array.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"calibration item {index}: {param.name} has shape {array.shape}; "
+            f"allowed: {tuple('any' if dim is None else dim for dim in want)}"
+        )
+    return tvm.runtime.tensor(array)
+
+
+def _with_progress(items: Iterable[Any], show: bool) -> Iterator[Any]:
+    """Yield the items, under a progress bar when asked for and `rich` is there to draw it."""
+    if not show:
+        yield from items
+        return
+    try:
+        from rich.progress import track
+    except ImportError:
+        yield from items
+        return
+    total = len(items) if hasattr(items, "__len__") else None
+    yield from track(items, "calibrating", total=total, transient=True)

@@ -1,0 +1,118 @@
+"""Scales and zero points: real = scale * (q - zero_point), from ranges and from weights.
+
+Activations are asymmetric per tensor and represent zero exactly, since padding and relu put exact
+zeros into them. Weights are symmetric per output channel in [-127, 127]: without -128 the negation
+and the pairwise products of older instruction sets stay in range.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..workload import DTYPE_RANGE, INT8_DTYPES
+
+WEIGHT_MAX = 127
+# A bias of more than 2**24 steps is not exact in float32, and near 2**31 it leaves int32.
+_BIAS_MAX = 2.0**24
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Per-tensor quantization parameters of an activation."""
+
+    scale: float
+    zero_point: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in INT8_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(INT8_DTYPES)}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale is {self.scale!r}; allowed: a finite number > 0")
+        low, high = DTYPE_RANGE[self.dtype]
+        if not low <= self.zero_point <= high:
+            raise ValueError(f"zero_point is {self.zero_point}; allowed: [{low}, {high}]")
+
+
+def activation_qparams(low: float, high: float, dtype: str, symmetric: bool = False) -> QParams:
+    """Return the parameters that represent the reals [low, high] and zero.
+
+    Parameters
+    ----------
+    low, high : float
+        Finite, low <= high.
+    dtype : str
+        "uint8" or "int8".
+    symmetric : bool
+        Zero point in the middle (0 for int8): for operands whose zero point must vanish.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"range is ({low}, {high}); allowed: finite low <= high")
+    qmin, qmax = DTYPE_RANGE.get(dtype, (0, 0))
+    if symmetric:
+        middle = (qmin + qmax + 1) // 2
+        scale = np.float32(max(abs(low), abs(high)) / (qmax - middle))
+        return QParams(float(scale) if _usable(scale) else 1.0, middle, dtype)
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / (qmax - qmin)) if qmax > qmin else np.float32(1)
+    if not _usable(scale):
+        # A tensor that is always zero: any scale will do.
+        return QParams(1.0, max(qmin, 0), dtype)
+    zero_point = int(np.clip(np.rint(qmin - low / float(scale)), qmin, qmax))
+    return QParams(float(scale), zero_point, dtype)
+
+
+def _usable(scale: np.float32) -> bool:
+    # Subnormal scales have no reciprocal in float32.
+    return float(scale) >= float(np.finfo("float32").tiny)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """int8 weights and the float32 scale of each output channel."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+
+def quantize_weight(
+    weight: np.ndarray,
+    channel_axis: int,
+    data_scale: float = 1.0,
+    bias: np.ndarray | None = None,
+) -> QuantizedWeight:
+    """Return per-channel symmetric int8 weights in [-127, 127].
+
+    A channel whose weights are far smaller than its bias (a channel that training killed) gets a
+    scale at which the int32 bias, in steps of ``data_scale * scale``, still fits.
+
+    Parameters
+    ----------
+    weight : float32 array
+    channel_axis : int
+        Axis of the output channels (of length oc).
+    data_scale : float
+        Scale of the data operand.
+    bias : (oc,) float32 array or None
+    """
+    axis = channel_axis % weight.ndim
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = np.abs(weight).max(axis=others).astype("float64") / WEIGHT_MAX
+    if bias is not None:
+        scale = np.maximum(scale, np.abs(bias) / (data_scale * _BIAS_MAX))
+    # All-zero channels without a bias: any scale will do.
+    scale = np.where(scale < np.finfo("float32").tiny, 1.0, scale).astype("float32")
+    along = [1] * weight.ndim
+    along[axis] = -1
+    values = np.rint(weight / scale.reshape(along))
+    return QuantizedWeight(np.clip(values, -WEIGHT_MAX, WEIGHT_MAX).astype("int8"), scale)
+
+
+def quantize_bias(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return a bias as int32 at ``scale`` (data scale times weight scale), half to even."""
+    low, high = DTYPE_RANGE["int32"]
+    steps = np.rint(bias.astype("float64") / scale.astype("float64"))
+    return np.clip(steps, low, high).astype("int32")
