@@ -248,7 +248,7 @@ class MatmulShape:
         return MatmulWorkload(
             m=m, n=n, k=k, batch=batch, data_dtype=data_dtype, weight_dtype=weight_dtype,
             weight_range=(-127, 127) if constant and weight_dtype != "float32" else None,
-            weight_constant=constant, transpose_b=constant, epilogue=epilogue,
+            weight_constant=constant, epilogue=epilogue,
         )  # fmt: skip
 
 

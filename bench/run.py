@@ -1,0 +1,151 @@
+"""A run over layers: our kernel and the rivals of each, sampled in turn, on pinned cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from tvm.target import Target
+
+from . import kernels, peaks, targets, workloads
+from .results import LayerResult, RivalResult
+from .rivals import Rival, Unavailable
+from .rivals.onednn import OneDnn
+from .rivals.tvm_default import TvmDefault
+from .shape_lines import Shape
+from .timing import Sampler, Timing, interleave
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How layers are run.
+
+    Parameters
+    ----------
+    target : Target
+    dtype, epilogue : str
+        See `workloads.make`.
+    threads : int
+    min_time : float
+        Seconds each engine is sampled a layer, over all rounds.
+    rounds : int
+        Alternations between the engines.
+    check : bool
+        Compare our result with the reference first.
+    """
+
+    target: Target
+    dtype: str = "u8s8"
+    epilogue: str = ""
+    threads: int = 1
+    min_time: float = 0.1
+    rounds: int = 5
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in workloads.DTYPES:
+            allowed = ", ".join(workloads.DTYPES)
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: {allowed}")
+        if self.epilogue:
+            workloads.parse_epilogue(self.epilogue)
+        if not self.min_time > 0:
+            raise ValueError(f"min_time is {self.min_time}; allowed: seconds > 0")
+        for name in ("threads", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+
+
+RIVALS: dict[str, Callable[[float], Rival]] = {
+    "tvm": lambda tvm_limit: TvmDefault(tvm_limit),
+    "onednn": lambda _tvm_limit: OneDnn(),
+}
+
+
+def make_rivals(names: str, tvm_limit: float) -> list[Rival]:
+    """Return the rivals of a comma-separated list; "none" is none.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    chosen = [name for name in names.split(",") if name and name != "none"]
+    for name in chosen:
+        if name not in RIVALS:
+            raise ValueError(f"rivals has {name!r}; allowed: {', '.join(RIVALS)}, none")
+    return [RIVALS[name](tvm_limit) for name in dict.fromkeys(chosen)]
+
+
+@cache
+def _peak(loop: peaks.PeakLoop) -> float:
+    return peaks.measure(loop)
+
+
+def peak_gops(options: Options, intrinsic: str) -> float | None:
+    """Return the measured peak of the cores used, for the kernel's instruction; None if unknown."""
+    kind = "float32" if options.dtype == "f32" else "int8"
+    loop = peaks.loop_for(targets.isa_of(options.target), kind, intrinsic)
+    if loop is None or loop not in peaks.runnable():
+        return None
+    return _peak(loop) * options.threads
+
+
+def run_layer(shape: Shape, options: Options, rivals: list[Rival]) -> LayerResult:
+    """Measure one layer. What fails is said in the result, not raised."""
+    try:
+        workload = workloads.make(shape, options.dtype, options.epilogue)
+        kernel = kernels.build(workload, options.target)
+    except Exception as error:
+        return LayerResult(shape=shape, error=_words(error))
+    chosen = {
+        "strategy": kernel.strategy,
+        "intrinsic": kernel.intrinsic,
+        "declined": kernel.declined,
+    }
+    try:
+        if options.check:
+            kernel.check()
+    except Exception as error:
+        return LayerResult(shape=shape, error=_words(error), **chosen)
+    samplers: dict[str, Sampler] = {OURS: kernel.sampler()}
+    notes: dict[str, str] = {}
+    for rival in rivals:
+        try:
+            samplers[rival.name], notes[rival.name] = rival.prepare(workload, options.target)
+        except Exception as error:
+            notes[rival.name] = _words(error)
+    timings = interleave(samplers, options.rounds, options.min_time / options.rounds)
+    ours = timings.pop(OURS)
+    others = {
+        rival.name: _rival_result(timings.get(rival.name), notes[rival.name]) for rival in rivals
+    }
+    if isinstance(ours, Exception):
+        return LayerResult(shape=shape, error=_words(ours), rivals=others, **chosen)
+    return LayerResult(
+        shape=shape, ours=ours, peak_gops=peak_gops(options, kernel.intrinsic), rivals=others,
+        checked=options.check, **chosen,
+    )  # fmt: skip
+
+
+def _rival_result(timing: Timing | Exception | None, note: str) -> RivalResult:
+    if isinstance(timing, Timing):
+        return RivalResult(timing, note)
+    return RivalResult(None, note if timing is None else _words(timing))
+
+
+def _words(error: Exception) -> str:
+    """Return an error's message on one line; TVM's carry a stack below the first."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    if isinstance(error, Unavailable | ValueError | RuntimeError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}"
+
+
+def run_layers(shapes: list[Shape], options: Options, rivals: list[Rival]) -> Iterator[LayerResult]:
+    """Yield each layer's result as it is measured; the caller pins the cores and closes rivals."""
+    for shape in shapes:
+        yield run_layer(shape, options, rivals)
