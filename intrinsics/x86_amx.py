@@ -106,7 +106,7 @@ class AmxBlock:
         return free[: self.m_tiles], free[self.m_tiles :], False
 
     def config(self) -> list[int]:
-        """Return the 64 bytes of the tile configuration (palette 1) as 8 little-endian words."""
+        """Return the 64 bytes of the tile configuration (palette 1) as 16 little-endian int32."""
         rows, colsb = [0] * 16, [0] * 16
         a_tiles, b_tiles, _ = self._operand_tiles()
         for tile in range(self.c_tiles):
@@ -117,7 +117,7 @@ class AmxBlock:
             rows[tile], colsb[tile] = self.k // 4, 64
         data = bytes([1, 0]) + bytes(14)
         data += b"".join(c.to_bytes(2, "little") for c in colsb) + bytes(rows)
-        return [int.from_bytes(data[i : i + 8], "little") for i in range(0, 64, 8)]
+        return [int.from_bytes(data[i : i + 4], "little", signed=True) for i in range(0, 64, 4)]
 
     # ------------------------------------------------------------ texts
 
@@ -276,8 +276,12 @@ class AmxBlock:
 
 
 def configure(block: AmxBlock) -> object:
-    """Return the block statement that loads this tile configuration on the running thread."""
-    stores = "\n".join(f"        cfg[{i}] = T.uint64({w})" for i, w in enumerate(block.config()))
+    """Return the block statement that loads this tile configuration on the running thread.
+
+    The buffer is int32 like the accumulators: TVM's StorageRewrite may give both one allocation, and
+    wants one element type then.
+    """
+    stores = "\n".join(f"        cfg[{i}] = T.int32({w})" for i, w in enumerate(block.config()))
     alloc = "T.sblock_alloc_buffer" if compat.IS_RELAX else "T.alloc_buffer"
     text = f"""
 {{PF}}
@@ -285,7 +289,7 @@ def func() -> None:
     with {{block}}("amx_config"):
         T.reads()
         T.writes()
-        cfg = {alloc}((8,), "uint64")
+        cfg = {alloc}((16,), "int32")
 {stores}
         {_llvm("ldtilecfg", 'cfg.access_ptr("r")')}
 """

@@ -376,6 +376,14 @@ def _weights_not_int8(work: Workload) -> str | None:
     return f"weights minus their zero point span [{low}, {high}], not int8"
 
 
+def is_range_decisive(work: Workload) -> bool:
+    """Whether knowing the weight's range can change the decision (kernels are shared when it can't)."""
+    if work.weight_range is None:
+        return False
+    low, high = (bound - work.weight_zero_point for bound in work.weight_range)
+    return max(-low, high) <= PROVEN_7BIT or _weights_not_int8(replace(work, weight_range=None)) is not None
+
+
 def _declines_dot(work: Workload, _feats: Features) -> str | None:
     return _not_float(work) or _weights_not_int8(work) or _odd_dynamic_k(work, 4)
 

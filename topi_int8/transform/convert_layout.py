@@ -1,0 +1,280 @@
+"""ConvertLayout: packed activation layouts through whole regions, transforms only at their borders.
+
+Every convolution wants NCHW[c]c; everything that does not care (pooling, adds, clips, requantize, concat
+along whole blocks) follows its input. A tensor is kept in each layout somebody asked for: the first
+who asks pays the transform, and in a region of operators that follow, nobody asks.
+
+Channels that fill a block up hold no meaning. Weights there are zero, so what they hold never reaches
+a result, as long as it is finite; only operators that keep it so are followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.ir import GenericConst, Op
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.target import Target
+
+from .. import op
+from ..layout import Layout
+from ..strategy import activation_block
+from ..target import Features, features
+
+
+@dataclass
+class Image:
+    """The layouts a 4-D tensor exists in so far.
+
+    ``logical`` is the layout the graph's own operators see (NCHW or NHWC); ``values`` maps a layout's name to
+    the expression that holds the tensor so.
+    """
+
+    logical: str
+    channels: int
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> str | None:
+        """A packed layout the tensor exists in, or None."""
+        return next((name for name in self.values if Layout.parse(name).is_packed), None)
+
+
+def _name(call: Any) -> str:
+    return call.op.name if isinstance(call, relax.Call) and isinstance(call.op, Op) else ""
+
+
+@tvm.transform.module_pass(opt_level=0, name="topi_int8.ConvertLayout")
+class ConvertLayout:
+    """Put convolutions and what lies between them in packed layouts.
+
+    Parameters
+    ----------
+    target : Target
+        Its features choose the channel blocks.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.feats = features(target)
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        """Return the converted module; the argument is not changed."""
+        converter = _Converter(mod, self.feats)
+        for name, func in mod.functions_items():
+            if isinstance(func, relax.Function) and "Primitive" not in (func.attrs or {}):
+                converter.images.clear()
+                converter.builder_.update_func(name, converter.visit_expr(func))
+        out = converter.builder_.finalize()
+        return relax.transform.DeadCodeElimination()(out)
+
+
+@mutator
+class _Converter(PyExprMutator):
+    """Rewrites binding by binding; `images` knows the tensors that live in a packed layout."""
+
+    def __init__(self, mod: tvm.IRModule, feats: Features) -> None:
+        super().__init__(mod)
+        self.feats = feats
+        self.images: dict[Any, Image] = {}
+
+    # ------------------------------------------------------------ bindings
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        """Convert an operator that wants or follows a packed layout."""
+        call = binding.value
+        if isinstance(call, relax.Var) and call in self.images:
+            self.images[binding.var] = self.images[call]
+            if isinstance(binding.var, relax.DataflowVar):
+                return
+        handler = _HANDLERS.get(_name(call))
+        converted = handler(self, call) if handler else None
+        if converted is None:
+            super().visit_var_binding_(binding)
+            return
+        value, image = converted
+        layout = next(iter(image.values))
+        packed = self.builder_.emit(value, binding.var.name)
+        image.values[layout] = packed
+        self.images[binding.var] = image
+        if not isinstance(binding.var, relax.DataflowVar):
+            # Somebody outside the dataflow block reads it: it must exist there as it was.
+            plain = self.builder_.emit_output(self._transform(image, image.logical))
+            self.images[binding.var] = Image(image.logical, image.channels, {image.logical: plain})
+
+    def visit_var_(self, var: relax.Var) -> Any:
+        """An operator that does not follow reads the tensor in its own layout."""
+        return self._plain(var) if var in self.images else super().visit_var_(var)
+
+    def visit_dataflow_var_(self, var: relax.DataflowVar) -> Any:
+        """As `visit_var_`."""
+        return self._plain(var) if var in self.images else super().visit_dataflow_var_(var)
+
+    def _plain(self, var: Any) -> Any:
+        return self.in_layout(var, self.images[var].logical)
+
+    # ------------------------------------------------------------ what handlers use
+
+    def image(self, expr: Any, logical: str, channels: int) -> Image:
+        """Return the image of an operand, making one for a tensor seen for the first time."""
+        image = self.images.get(expr)
+        if image is None or image.logical != logical:
+            image = Image(logical, channels, {logical: self.visit_expr(expr)})
+            self.images[expr] = image
+        return image
+
+    def in_layout(self, expr: Any, layout: str) -> Any:
+        """Return the operand in that layout, transformed once however often it is asked for."""
+        image = self.images[expr]
+        if layout not in image.values:
+            image.values[layout] = self.builder_.emit(self._transform(image, layout))
+        return image.values[layout]
+
+    def _transform(self, image: Image, layout: str) -> Any:
+        source, value = next(iter(image.values.items()))
+        if source == layout:
+            return value
+        shape = Layout.parse(source).logical(op.shape_of(value), image.channels)
+        reshaped = _same_memory(source, layout, shape)
+        if reshaped:
+            return relax.op.reshape(value, reshaped)
+        return op.layout_transform(value, source, layout, image.channels)
+
+    def packed_operand(self, expr: Any, logical: str, channels: int, entry: bool = False) -> str:
+        """Return the packed layout to read an operand in: the one it has, else the target's choice."""
+        image = self.image(expr, logical, channels)
+        if image.packed:
+            return image.packed
+        is_float = str(expr.ty.dtype) == "float32"
+        return Layout.packed(activation_block(self.feats, channels, is_float, entry)).name
+
+
+def _same_memory(source: str, layout: str, shape: tuple[int, int, int, int]) -> tuple | None:
+    """Return the shape to view a tensor by where two layouts hold the same bytes, else None.
+
+    That is so for single pixels (after a global pool) of whole blocks.
+    """
+    _, c, h, w = shape
+    for name in (source, layout):
+        block = Layout.parse(name).block
+        if (h, w) != (1, 1) or (block and c % block):
+            return None
+    return Layout.parse(layout).shape(*shape)
+
+
+# ---------------------------------------------------------------- handlers
+#
+# A handler returns (call, image of the result) or None where the operator should stay as it is. The
+# image's one layout has no value yet: visit_var_binding_ emits the call and fills it in.
+
+Handler = Callable[[_Converter, relax.Call], "tuple[relax.Call, Image] | None"]
+
+
+def _static(*exprs: Any) -> bool:
+    try:
+        for expr in exprs:
+            op.shape_of(expr)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
+    attrs, named = op.attrs_of(call), op.operands(call)
+    if not _static(call, named["data"], named["weight"]) or Layout.parse(attrs["data_layout"]).is_packed:
+        return None
+    work = op.conv2d_workload(call)
+    logical = attrs["data_layout"]
+    out = Layout.packed(activation_block(conv.feats, work.oc, work.is_float)).name
+    entry = not work.is_depthwise
+    data = conv.packed_operand(named["data"], logical, work.ic, entry)
+    args = [conv.in_layout(named["data"], data), conv.visit_expr(named["weight"])]
+    args += [conv.visit_expr(named[key]) for key in ("bias", "scale") if named[key] is not None]
+    if named["residual"] is not None:
+        conv.image(named["residual"], logical, work.oc)
+        args.append(conv.in_layout(named["residual"], out))
+    new = op.rebuild(call, args, data_layout=data, out_layout=out)
+    return new, Image(logical, work.oc, {out: None})
+
+
+def _elementwise(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
+    """Follow the packed operand; scalars stay, other tensors must have the same shape."""
+    packed = [arg for arg in call.args if arg in conv.images and conv.images[arg].packed]
+    if not packed or not _static(call):
+        return None
+    leader = conv.images[packed[0]]
+    shape, layout = op.shape_of(packed[0]), leader.packed
+    args = []
+    for arg in call.args:
+        if not hasattr(arg.ty, "dtype") or not getattr(arg.ty, "ndim", 0):
+            args.append(conv.visit_expr(arg))
+        elif _static(arg) and op.shape_of(arg) == shape:
+            conv.image(arg, leader.logical, leader.channels)
+            args.append(conv.in_layout(arg, layout))
+        elif _static(arg) and all(dim == 1 for dim in op.shape_of(arg)) and isinstance(arg, GenericConst):
+            args.append(relax.const(arg.value.numpy().reshape(()), str(arg.ty.dtype)))
+        else:
+            return None
+    if op.shape_of(call) != shape:
+        return None
+    new = relax.Call(call.op, args, call.attrs, call.ty_args)
+    return new, Image(leader.logical, leader.channels, {layout: None})
+
+
+def _pool(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
+    image = conv.images.get(call.args[0])
+    ours = op.is_op(call, "avg_pool2d")
+    logical = op.attrs_of(call)["layout"] if ours else str(call.attrs.layout)
+    if image is None or not image.packed or image.logical != logical or not _static(call):
+        return None
+    layout = image.packed
+    data = conv.in_layout(call.args[0], layout)
+    if ours:
+        new = op.rebuild(call, [data], layout=layout)
+    else:
+        if str(call.attrs.out_layout) not in ("", logical):
+            return None
+        fields = ("pool_size", "strides", "padding", "dilation", "ceil_mode", "count_include_pad")
+        kept = {key: getattr(call.attrs, key) for key in fields}
+        pool = {"relax.nn.max_pool2d": relax.op.nn.max_pool2d, "relax.nn.avg_pool2d": relax.op.nn.avg_pool2d}
+        new = pool[call.op.name](data, layout=layout, out_layout=layout, **kept)
+    return new, Image(image.logical, image.channels, {layout: None})
+
+
+def _concat(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
+    """Stay packed where every input but the last is whole blocks of one size."""
+    parts = list(call.args[0]) if isinstance(call.args[0], relax.Tuple) else []
+    images = [conv.images.get(part) for part in parts]
+    if not parts or any(image is None or not image.packed for image in images) or not _static(call):
+        return None
+    first = images[0]
+    axis = int(call.attrs.axis) % 4
+    block = Layout.parse(first.packed).block
+    same = all(i.packed == first.packed and i.logical == first.logical for i in images)
+    whole = all(image.channels % block == 0 for image in images[:-1])
+    if not same or not whole or axis != Layout.parse(first.logical).channel_axis:
+        return None
+    new = relax.op.concat([conv.in_layout(part, first.packed) for part in parts], axis=1)
+    channels = sum(image.channels for image in images)
+    return new, Image(first.logical, channels, {first.packed: None})
+
+
+# Elementwise operators under which a finite value stays finite.
+_FOLLOW = (
+    "topi_int8.add", "topi_int8.requantize", "relax.quantize", "relax.dequantize", "relax.nn.relu",
+    "relax.nn.relu6", "relax.clip", "relax.add", "relax.subtract", "relax.multiply", "relax.maximum",
+    "relax.minimum", "relax.sigmoid", "relax.tanh", "relax.nn.silu", "relax.nn.gelu", "relax.astype",
+    "relax.negative", "relax.abs", "relax.right_shift", "relax.left_shift",
+)  # fmt: skip
+
+_HANDLERS: dict[str, Handler] = {
+    "topi_int8.conv2d": _conv2d,
+    "topi_int8.avg_pool2d": _pool,
+    "relax.nn.max_pool2d": _pool,
+    "relax.nn.avg_pool2d": _pool,
+    "relax.concat": _concat,
+    **dict.fromkeys(_FOLLOW, _elementwise),
+}

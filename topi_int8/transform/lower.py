@@ -1,0 +1,236 @@
+"""Lower: topi_int8 operators -> call_tir of scheduled PrimFuncs, operands packed at compile time.
+
+Convolutions and matmuls get the strategy table's kernel; constant weights, biases (with the zero
+point's compensation) and multipliers are packed here, others by a small function at run time. The
+operators between them become TE that TVM's own FuseOps may merge and `ScheduleRest` schedules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import GenericConst
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.target import Target
+
+from .. import op, strategy
+from ..compute import elementwise, pack
+from ..layout import Layout
+from ..strategy import Blocks, Decision, Kernel, MatmulPacking
+from ..target import Features, features
+from .convert_layout import ConvertLayout
+
+_OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
+
+
+@tvm.transform.module_pass(opt_level=0, name="topi_int8.Lower")
+class Lower:
+    """Replace every topi_int8 operator by calls of scheduled functions.
+
+    Convolutions that ConvertLayout has not visited are given packed layouts first.
+
+    Parameters
+    ----------
+    target : Target
+        Chooses the strategies. No kernel uses an instruction the target does not name.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.feats = features(target)
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        """Return the lowered module; the argument is not changed."""
+        mod = ConvertLayout(self.target)(mod)
+        lowering = _Lowering(mod, self.feats)
+        for name, func in mod.functions_items():
+            if isinstance(func, relax.Function):
+                lowering.asked_permission = False
+                lowering.builder_.update_func(name, lowering.visit_expr(func))
+        return lowering.builder_.finalize()
+
+
+def decide(call: relax.Call, feats: Features) -> Decision:
+    """Return the strategy table's decision for a `topi_int8.conv2d` or `topi_int8.matmul` call."""
+    is_conv = op.is_op(call, "conv2d")
+    work = op.conv2d_workload(call) if is_conv else op.matmul_workload(call)
+    weight = call.args[1]
+    if isinstance(weight, GenericConst) and not work.is_float:
+        values = weight.value.numpy()
+        work = replace(work, weight_range=(int(values.min()), int(values.max())))
+        if not strategy.is_range_decisive(work):
+            work = replace(work, weight_range=None)
+    return (strategy.conv2d if is_conv else strategy.matmul)(work, feats)
+
+
+# The operators; the method of the same name lowers each.
+_LOWERED = ("conv2d", "matmul", "add", "requantize", "avg_pool2d", "layout_transform")
+
+
+@mutator
+class _Lowering(PyExprMutator):
+    """The rewrite, one function at a time."""
+
+    def __init__(self, mod: tvm.IRModule, feats: Features) -> None:
+        super().__init__(mod)
+        self.feats = feats
+        self.asked_permission = False
+
+    def visit_call_(self, call: relax.Call) -> Any:
+        """Lower a call of ours; every other call stays."""
+        call = super().visit_call_(call)
+        for name in _LOWERED:
+            if op.is_op(call, name):
+                return getattr(self, name)(call)
+        return call
+
+    # ------------------------------------------------------------ conv2d and matmul
+
+    def kernel(self, decision: Decision, blocks: Blocks | None) -> tuple[Kernel, Any]:
+        """Return the kernel and the GlobalVar of its function, added to the module."""
+        uses_amx = "amx" in decision.strategy
+        kernel = decision.kernel(blocks, ask_permission=uses_amx and not self.asked_permission)
+        self.asked_permission |= uses_amx
+        func = kernel.func.with_attr({"op_pattern": _OPAQUE}).without_attr("global_symbol")
+        return kernel, self.builder_.add_func(func, decision.strategy)
+
+    def pack_operands(self, call: relax.Call, kernel: Kernel) -> list[Any]:
+        """Return the packed [weight, (bias), (scale)] of a call."""
+        named, attrs = op.operands(call), op.attrs_of(call)
+        weight, bias, scale = named["weight"], named["bias"], named["scale"]
+        if isinstance(weight, GenericConst) and (bias is None or isinstance(bias, GenericConst)):
+            raw = _oihw(weight.value.numpy(), attrs)
+            args = [relax.const(kernel.pack_weight(raw))]
+            if kernel.takes_bias:
+                values = None if bias is None else bias.value.numpy().reshape(-1)
+                args.append(relax.const(kernel.pack_bias(values, raw)))
+        else:
+            args = self._pack_at_run_time(weight, bias, kernel, attrs)
+        if scale is not None:
+            if not isinstance(scale, GenericConst):
+                raise ValueError(f"scale of {call.op.name} is {scale}; allowed: a constant")
+            args.append(relax.const(kernel.pack_scale(scale.value.numpy().reshape(-1))))
+        return args
+
+    def _pack_at_run_time(self, weight: Any, bias: Any, kernel: Kernel, attrs: dict) -> list[Any]:
+        """Emit functions that pack a weight (and bias) known only at run time."""
+        if bias is not None and str(bias.ty.dtype) not in ("int32", "float32"):
+            raise ValueError(f"bias dtype is {bias.ty.dtype}; allowed: int32, float32")
+        weight = self.builder_.normalize(_oihw_expr(weight, attrs))
+        packing = kernel.packing
+
+        def weight_te(w: Any) -> Any:
+            if isinstance(packing, MatmulPacking):
+                work, conv = packing.work, packing.conv
+                oihw = pack.matmul_weight_as_oihw(
+                    w, work.batch, work.n, work.k, conv.out_block,
+                    work.transpose_b, work.weight_zero_point,
+                )  # fmt: skip
+                return pack.pack_weight(conv, oihw)
+            if hasattr(packing, "padded"):
+                return pack.pack_depthwise_weight(packing, w)
+            return pack.pack_weight(packing, w)
+
+        args = [self.builder_.emit_te(weight_te, weight, primfunc_name_hint="pack_weight")]
+        if kernel.takes_bias:
+            conv = getattr(packing, "conv", None) or getattr(packing, "padded", packing)
+
+            def bias_te(w: Any, *b: Any) -> Any:
+                if isinstance(packing, MatmulPacking):
+                    work = packing.work
+                    w = pack.matmul_weight_as_oihw(
+                        w, work.batch, work.n, work.k, conv.out_block,
+                        work.transpose_b, work.weight_zero_point,
+                    )  # fmt: skip
+                return pack.pack_bias(conv, w, b[0] if b else None)
+
+            operands = [weight] if bias is None else [weight, bias]
+            args.append(self.builder_.emit_te(bias_te, *operands, primfunc_name_hint="pack_bias"))
+        return args
+
+    def conv2d(self, call: relax.Call) -> Any:
+        """Lower a packed convolution."""
+        attrs, named = op.attrs_of(call), op.operands(call)
+        blocks = Blocks(
+            Layout.parse(attrs["data_layout"]).block, Layout.parse(attrs["out_layout"]).block
+        )
+        kernel, func = self.kernel(decide(call, self.feats), blocks)
+        args = [named["data"], *self.pack_operands(call, kernel)]
+        if named["residual"] is not None:
+            args.append(named["residual"])
+        return relax.call_tir(func, args, out_ty=relax.TensorType(op.shape_of(call), attrs["out_dtype"]))
+
+    def matmul(self, call: relax.Call) -> Any:
+        """Lower a matmul: its tensors are seen as the five-dimensional ones of a 1x1 convolution."""
+        named, shape = op.operands(call), op.shape_of(call)
+        work = op.matmul_workload(call)
+        kernel, func = self.kernel(decide(call, self.feats), None)
+
+        def view(expr: Any, width: int) -> Any:
+            return self.builder_.emit(relax.op.reshape(expr, (1, work.batch, 1, work.m, width)))
+
+        args = [view(named["data"], work.k), *self.pack_operands(call, kernel)]
+        if named["residual"] is not None:
+            args.append(view(named["residual"], work.n))
+        out_type = relax.TensorType((1, work.batch, 1, work.m, work.n), work.epilogue.out_dtype)
+        out = self.builder_.emit(relax.call_tir(func, args, out_ty=out_type))
+        return relax.op.reshape(out, shape)
+
+    # ------------------------------------------------------------ the rest
+
+    def add(self, call: relax.Call) -> Any:
+        """Lower a quantized add."""
+        attrs = op.attrs_of(call)
+        return self.builder_.call_te(
+            lambda a, b: elementwise.add(a, b, attrs), *call.args, primfunc_name_hint="qadd"
+        )
+
+    def requantize(self, call: relax.Call) -> Any:
+        """Lower a requantize."""
+        attrs = op.attrs_of(call)
+        return self.builder_.call_te(
+            lambda x: elementwise.requantize(x, attrs), *call.args, primfunc_name_hint="requantize"
+        )
+
+    def avg_pool2d(self, call: relax.Call) -> Any:
+        """Lower an integer average pool."""
+        attrs, shape = op.attrs_of(call), op.shape_of(call)
+        return self.builder_.call_te(
+            lambda x: elementwise.avg_pool2d(x, attrs, shape),
+            *call.args,
+            primfunc_name_hint="avg_pool2d",
+        )
+
+    def layout_transform(self, call: relax.Call) -> Any:
+        """Lower a layout transform."""
+        attrs = op.attrs_of(call)
+        src, dst = Layout.parse(attrs["src_layout"]), Layout.parse(attrs["dst_layout"])
+        return self.builder_.call_te(
+            lambda x: elementwise.layout_transform(
+                x, src, dst, attrs["channels"], attrs["pad_value"]
+            ),
+            *call.args,
+            primfunc_name_hint="layout_transform",
+        )
+
+
+
+def _oihw(weight: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
+    """Return a conv2d weight as OIHW, a matmul weight as (.., N, K)."""
+    if "kernel_layout" in attrs:
+        layout = attrs["kernel_layout"]
+        return np.ascontiguousarray(weight.transpose([layout.index(axis) for axis in "OIHW"]))
+    return weight if attrs["transpose_b"] else np.ascontiguousarray(weight.swapaxes(-1, -2))
+
+
+def _oihw_expr(weight: Any, attrs: dict[str, Any]) -> Any:
+    """Return a conv2d weight expression as OIHW; a matmul's as it is."""
+    layout = attrs.get("kernel_layout", "OIHW")
+    if layout == "OIHW":
+        return weight
+    return relax.op.permute_dims(weight, [layout.index(axis) for axis in "OIHW"])
+

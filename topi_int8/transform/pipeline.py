@@ -1,0 +1,56 @@
+"""The pass order, strung together: what `tvm.compile` runs for an LLVM CPU target while we are enabled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
+from tvm.target import Target
+
+from ..target import features
+from .convert_layout import ConvertLayout
+from .fold_batch_norm import FoldBatchNorm
+from .fuse_float import FuseFloat
+from .fuse_qdq import FuseQDQ
+from .lower import Lower
+from .schedule_rest import ScheduleRest
+
+
+def integer_passes(target: Target) -> list[tvm.transform.Pass]:
+    """Return the passes from a user's graph to topi_int8 operators in packed layouts."""
+    return [FoldBatchNorm(), FuseQDQ(), FuseFloat(), ConvertLayout(target)]
+
+
+def pipeline(target: Target) -> tvm.transform.Pass:
+    """Return the whole Relax pipeline for a target: ours, then TVM's own for what is left.
+
+    Parameters
+    ----------
+    target : Target or str or dict
+        An ``llvm`` CPU target.
+
+    Raises
+    ------
+    ValueError
+        For a target that is not an LLVM CPU.
+    """
+    target = Target(target) if not isinstance(target, Target) else target
+    features(target)  # refuses what is no LLVM CPU, before anything is built
+
+    @tvm.transform.module_pass(opt_level=0, name="topi_int8.pipeline")
+    def run(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        passes = [
+            *cpu_generic.library_dispatch_passes(target),
+            *integer_passes(target),
+            Lower(target),
+            *cpu_generic.legalize_passes(target),
+            ScheduleRest(target),
+            *cpu_generic.dataflow_lower_passes(target),
+            *cpu_generic.finalize_passes(target),
+        ]
+        with target:
+            return tvm.transform.Sequential(passes)(mod)
+
+    return run
