@@ -1,0 +1,213 @@
+"""What a plain CPU schedule has to know of one block: its loops, accesses and strides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import tvm_ffi
+from tvm import s_tir, sym, tirx
+from tvm.ir import Call, Op, TensorLoad
+
+SPATIAL, REDUCE = 0, 2  # IterVar.iter_type: data parallel, commutative reduction
+SYMBOLIC_EXTENT = 32  # what an unknown extent counts for when work is estimated
+
+# Calls that cost no more than arithmetic; anything else (exp, tanh, ...) is not computed twice.
+_CHEAP_CALLS = {
+    f"tirx.{name}"
+    for name in ("if_then_else", "likely", "round", "nearbyint", "floor", "ceil", "trunc", "fabs",
+                 "sqrt", "rsqrt", "shift_left", "shift_right", "bitwise_and", "q_multiply_shift",
+                 "reinterpret", "isnan", "isinf", "fma")
+}  # fmt: skip
+
+
+def static(value: Any) -> int | None:
+    """Return the value of a constant extent or index; None for a symbolic one."""
+    return int(value.value) if isinstance(value, tirx.IntImm) else None
+
+
+def variables(expr: Any) -> set[tirx.Var]:
+    """Return the variables an expression reads."""
+    found: set[tirx.Var] = set()
+    tvm_ffi.structural_walk(expr, (tirx.Var, lambda var: found.add(var) and None), order="post")
+    return found
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load or store: the buffer's shape, the indices, the element size in bytes."""
+
+    shape: tuple
+    indices: tuple
+    itemsize: int
+
+    def stride(self, var: tirx.Var) -> int | None:
+        """Return the step in elements as `var` grows by one; 0 if unused.
+
+        None where it is not a constant step inside the innermost dimension.
+        """
+        users = [i for i, index in enumerate(self.indices) if var in variables(index)]
+        if not users:
+            return 0
+        if users != [len(self.indices) - 1]:
+            return None
+        return _coefficient(self.indices[-1], var)
+
+    def is_affine(self, var: tirx.Var) -> bool:
+        """Return whether the address is a linear function of `var`."""
+        return all(_coefficient(i, var) is not None for i in self.indices if var in variables(i))
+
+    def runs_along(self, loop_vars: list[tirx.Var], extents: list[int]) -> bool:
+        """Return whether these loops, merged into one, walk this buffer element by element.
+
+        So they do, too, if it does not depend on any of them.
+        """
+        used = set().union(*(variables(index) for index in self.indices), set())
+        if not used & set(loop_vars):
+            return True
+        count = len(loop_vars)
+        if count > len(self.indices):
+            return False
+        tail = self.indices[-count:]
+        if any(not var.same_as(index) for var, index in zip(loop_vars, tail, strict=True)):
+            return False
+        head = set().union(*(variables(index) for index in self.indices[:-count]), set())
+        full = [static(dim) for dim in self.shape[len(self.shape) - count + 1 :]]
+        return not head & set(loop_vars) and full == extents[1:]
+
+
+def _coefficient(index: Any, var: tirx.Var) -> int | None:
+    if any(True for _ in _loads(index)):
+        return None
+    found = sym.detect_linear_equation(index, [var])
+    return static(found[0]) if found else None
+
+
+def _loads(node: Any) -> list[TensorLoad]:
+    found: list[TensorLoad] = []
+    tvm_ffi.structural_walk(node, (TensorLoad, lambda load: found.append(load)), order="post")
+    return found
+
+
+@dataclass(frozen=True)
+class Iter:
+    """One iteration variable of a block with its loop and its extent (None: symbolic)."""
+
+    var: tirx.Var
+    extent: int | None
+    reduces: bool
+    loop: s_tir.schedule.LoopRV
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """A block whose loops are its iteration variables, one to one."""
+
+    name: str
+    iters: tuple[Iter, ...]
+    loads: tuple[Access, ...]
+    stores: tuple[Access, ...]
+    conditions: frozenset
+    heavy: bool
+
+    @property
+    def spatial(self) -> list[Iter]:
+        """The data-parallel variables, outermost first."""
+        return [it for it in self.iters if not it.reduces]
+
+    @property
+    def reduced(self) -> list[Iter]:
+        """The reduction variables, outermost first."""
+        return [it for it in self.iters if it.reduces]
+
+    @property
+    def work(self) -> int:
+        """Executions of the block; a symbolic extent counts as a small number."""
+        return reduce(lambda n, it: n * (it.extent or SYMBOLIC_EXTENT), self.iters, 1)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of the widest element touched."""
+        return max((a.itemsize for a in (*self.loads, *self.stores)), default=4)
+
+    def mergeable(self) -> int:
+        """Return how many of the last spatial loops walk every buffer as one long row."""
+        spatial, best = self.spatial, 1 if self.spatial else 0
+        for count in range(2, len(spatial) + 1):
+            tail = spatial[-count:]
+            extents = [it.extent for it in tail]
+            if None in extents or self.conditions & {it.var for it in tail}:
+                break
+            loop_vars = [it.var for it in tail]
+            if all(a.runs_along(loop_vars, extents) for a in (*self.loads, *self.stores)):
+                best = count
+        return best
+
+
+class NotPlain(Exception):
+    """A block that is no plain loop nest; the message says why."""
+
+
+def analyse(sch: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> BlockInfo:
+    """Return what is known of a block; NotPlain if its loops are not its iteration variables."""
+    node, loops = sch.get(block), sch.get_loops(block)
+    name = str(node.name_hint)
+    if any(int(it.iter_type) not in (SPATIAL, REDUCE) for it in node.iter_vars):
+        raise NotPlain(f"{name}: an iteration variable is neither spatial nor a reduction")
+    if not isinstance(node.body, tirx.BufferStore | tirx.SeqStmt):
+        raise NotPlain(f"{name}: its body is {type(node.body).__name__}, not a store")
+    by_var = {sch.get(loop).loop_var: loop for loop in loops}
+    iters = []
+    if loops:
+        realize = sch.get(loops[-1]).body
+        if not hasattr(realize, "iter_values") or static(realize.predicate) == 0:
+            raise NotPlain(f"{name}: more than a block inside its loops")
+        for it, value in zip(node.iter_vars, realize.iter_values, strict=True):
+            if isinstance(value, tirx.Var) and value in by_var:
+                kind = int(it.iter_type) == REDUCE
+                iters.append(Iter(it.var, static(it.dom.extent), kind, by_var[value]))
+            elif static(value) is None:
+                raise NotPlain(f"{name}: {it.var} is bound to {value}, not to a loop")
+    if len(iters) != len(loops):
+        raise NotPlain(f"{name}: {len(loops)} loops for {len(iters)} iteration variables")
+    order = {loop: position for position, loop in enumerate(by_var.values())}
+    iters.sort(key=lambda it: order[it.loop])
+    return BlockInfo(name, tuple(iters), *_body(node))
+
+
+def _body(node: s_tir.SBlock) -> tuple[tuple, tuple, frozenset, bool]:
+    """Return (loads, stores, variables in conditions, has expensive calls) of a block."""
+    written = [region.source for region in node.writes]
+    loads, stores, conditions, heavy = [], [], set(), []
+
+    def on_load(load: TensorLoad) -> None:
+        if not any(load.source.same_as(buffer) for buffer in written):
+            loads.append(_access(load.source, load.indices))
+
+    def on_store(store: tirx.BufferStore) -> None:
+        stores.append(_access(store.buffer, store.indices))
+
+    def on_call(call: Call) -> None:
+        name = str(call.op.name) if isinstance(call.op, Op) else "?"
+        if name == "tirx.if_then_else":
+            conditions.update(variables(call.args[0]))
+        if name not in _CHEAP_CALLS:
+            heavy.append(name)
+
+    def on_select(select: tirx.Select) -> None:
+        conditions.update(variables(select.condition))
+
+    tvm_ffi.structural_walk(
+        node.body,
+        [(TensorLoad, on_load), (tirx.BufferStore, on_store), (Call, on_call),
+         (tirx.Select, on_select)],
+        order="post",
+    )  # fmt: skip
+    return tuple(loads), tuple(stores), frozenset(conditions), bool(heavy)
+
+
+def _access(buffer: Any, indices: Any) -> Access:
+    kind = str(buffer.ty.dtype)
+    bits = int("".join(c for c in kind if c.isdigit()) or 8)
+    return Access(tuple(buffer.ty.shape), tuple(indices), max(bits // 8, 1))
