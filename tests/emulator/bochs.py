@@ -323,6 +323,7 @@ def run(
             folder = keep
             folder.mkdir(parents=True, exist_ok=True)
         (folder / "disk").write_bytes(disk)
+        (folder / "disk.lock").unlink(missing_ok=True)  # of a machine that was killed
         (folder / "serial").write_bytes(b"")
         (folder / "bochsrc").write_text(_bochsrc(folder, model))
         _run_machine(folder, binary, timeout)

@@ -278,13 +278,13 @@ def run_bad(call: str) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import ctypes\n"
-        "from emulator import test_emulator\n"
+        "from tests.emulator import test_emulator\n"
         "lib = test_emulator.functions()\n"
         "buffer = ctypes.create_string_buffer(4096)\n"
         f"lib.{call}\n"
         "print('survived')\n"
     )
-    command = [sys.executable, "-c", code, str(HERE.parent)]
+    command = [sys.executable, "-c", code, str(HERE.parents[1])]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
