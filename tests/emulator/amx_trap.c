@@ -172,15 +172,22 @@ static void require_tile(const struct tile_state *s, enum op op, unsigned t) {
   if (t >= TILES || s->rows[t] == 0) FAULT(op, "tile is not configured", {"tile", t});
 }
 
-static void tile_load(struct tile_state *s, enum op op, unsigned t, uint64_t base, uint64_t stride) {
+/* For loads and stores, whose tiles hold whole 32-bit elements. */
+static void require_dword_tile(const struct tile_state *s, enum op op, unsigned t) {
   require_tile(s, op, t);
+  if (s->colsb[t] % 4)
+    FAULT(op, "colsb is not a multiple of 4", {"tile", t}, {"colsb", s->colsb[t]});
+}
+
+static void tile_load(struct tile_state *s, enum op op, unsigned t, uint64_t base, uint64_t stride) {
+  require_dword_tile(s, op, t);
   memset(s->data[t], 0, sizeof s->data[t]);
   for (unsigned r = 0; r < s->rows[t]; ++r)
     memcpy(s->data[t][r], (const void *)(base + r * stride), s->colsb[t]);
 }
 
 static void tile_store(struct tile_state *s, unsigned t, uint64_t base, uint64_t stride) {
-  require_tile(s, OP_TILESTORED, t);
+  require_dword_tile(s, OP_TILESTORED, t);
   for (unsigned r = 0; r < s->rows[t]; ++r)
     memcpy((void *)(base + r * stride), s->data[t][r], s->colsb[t]);
 }

@@ -103,7 +103,7 @@ def test_tile_dot(m: int, n: int, k: int, signs: int) -> None:
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("rows,colsb", [(16, 64), (1, 1), (5, 64), (16, 7), (3, 61)])
+@pytest.mark.parametrize("rows,colsb", [(16, 64), (1, 4), (5, 64), (16, 8), (3, 60)])
 def test_partial_tiles_touch_nothing_else(rows: int, colsb: int) -> None:
     lib = functions()
     source = np.random.default_rng(0).integers(0, 256, (16, 80), dtype=np.uint8)
@@ -293,6 +293,7 @@ def run_bad(call: str) -> subprocess.CompletedProcess[str]:
     [
         ("bad_no_config(buffer)", "tileloadd: no tile configuration is loaded"),
         ("bad_unconfigured_tile()", "tilezero: tile is not configured (tile=5)"),
+        ("copy_tile(buffer, 64, buffer, 64, 16, 61)", "tileloadd: colsb is not a multiple of 4"),
         ("bad_same_tile(buffer)", "the three tiles must differ"),
         ("bad_shape(buffer, 16, 64, 15, 64, 16, 64)", "tile shapes do not match (dst.rows=16"),
         ("bad_shape(buffer, 16, 64, 16, 60, 16, 64)", "a.colsb=60, b.rows=16"),
