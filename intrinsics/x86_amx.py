@@ -3,14 +3,16 @@
 """AMX int8: zero, dot and store over a block of tile registers, for all four sign pairs.
 
 A block of C is `oc_blocks x rows_h x (tiles_w * rows) x (oc_tiles * 16)` accumulators held in
-`oc_blocks * oc_tiles * rows_h * tiles_w` tile registers, each `rows` output pixels of one image row by 16
-output channels. A step multiplies it by `k` input channels (64, or fewer for narrow inputs)::
+`oc_blocks * oc_tiles * rows_h * tiles_w` tile registers, each `rows` output pixels of one image row
+by 16 output channels. A step multiplies it by `k` input channels (64, or fewer for narrow inputs)::
 
-    C[b, h, x, o] += sum_{i, j} A[h * stride_h, x * stride_w, 4*i + j] * B[b * oc_tiles + o / 16, 0, 0, 0, i, o % 16, j]
+    C[b, h, x, o] += sum_{i, j} A[h * stride_h, x * stride_w, 4*i + j]
+                                * B[b * oc_tiles + o / 16, 0, 0, 0, i, o % 16, j]
 
-The strides of a convolution become the row stride of `tileloadd`. The accumulator buffer (scope "local") is never
-touched: its elements live in tile registers between zero and store. Source of the tiling:
-Intel 64 Optimization Reference Manual, chapter 20 (2x2 C tiles need half a load per product).
+The strides of a convolution become the row stride of `tileloadd`. The accumulator buffer (scope
+"local") is never touched: its elements live in tile registers between zero and store. Source of the
+tiling: Intel 64 Optimization Reference Manual, chapter 20 (2x2 C tiles need half a load per
+product).
 """
 
 from __future__ import annotations
@@ -122,22 +124,24 @@ class AmxBlock:
     # ------------------------------------------------------------ texts
 
     def _shapes(self) -> dict[str, str]:
+        """Return the shapes of A, B and C and their whole regions (RA, RB, RC) as text."""
         h = (self.rows_h - 1) * self.stride_h + 1
         x = (self.tiles_w * self.rows - 1) * self.stride_w + 1
-        k4 = self.k // 4
-        return {
-            "A": f"({h}, {x}, {self.k})",
-            "B": f"({self.n_tiles}, 1, 1, 1, {k4}, 16, 4)",
-            "C": f"({self.oc_blocks}, {self.rows_h}, {self.tiles_w * self.rows}, {self.oc_tiles * 16})",
-            "RA": f"A[0:{h}, 0:{x}, 0:{self.k}]",
-            "RB": f"B[0:{self.n_tiles}, 0, 0, 0, 0:{k4}, 0:16, 0:4]",
-            "RC": f"C[0:{self.oc_blocks}, 0:{self.rows_h}, 0:{self.tiles_w * self.rows}, 0:{self.oc_tiles * 16}]",
-        }  # fmt: skip
+        shapes = {
+            "A": (h, x, self.k),
+            "B": (self.n_tiles, 1, 1, 1, self.k // 4, 16, 4),
+            "C": (self.oc_blocks, self.rows_h, self.tiles_w * self.rows, self.oc_tiles * 16),
+        }
+        texts = {name: str(shape) for name, shape in shapes.items()}
+        for name, shape in shapes.items():
+            texts["R" + name] = f"{name}[{', '.join(f'0:{extent}' for extent in shape)}]"
+        return texts
 
     def _nest(self, block: str, reduce: bool, statement: str) -> list[str]:
         """Return the loops of a desc around one statement, its iterators named v?.
 
-        Iterators of extent 1 are left out: tensorize has moved them outside by the time it compares.
+        Iterators of extent 1 are left out: tensorize has moved them outside by the time it
+        compares.
         """
         extents = {"b": self.oc_blocks, "h": self.rows_h, "x": self.tiles_w * self.rows}
         extents["o"] = self.oc_tiles * 16
@@ -200,7 +204,9 @@ class AmxBlock:
         )
         reads = f"{s['RC']}, {s['RA']}, {s['RB']}"
         strided = f"A[vh * {self.stride_h}, vx * {self.stride_w}, vi * 4 + vj]"
-        weight = f"B[vb * {self.oc_tiles} + T.floordiv(vo, 16), 0, 0, 0, vi, T.floormod(vo, 16), vj]"
+        weight = (
+            f"B[vb * {self.oc_tiles} + T.floordiv(vo, 16), 0, 0, 0, vi, T.floormod(vo, 16), vj]"
+        )
         c = "C[vb, vh, vx, vo]"
         step = f'{c} = {c} + T.Cast("int32", {strided}) * T.Cast("int32", {weight})'
         desc = self._nest("update", True, step)
@@ -218,7 +224,9 @@ class AmxBlock:
             offset = f"{h * self.stride_h} * sh + {w * self.rows * self.stride_w} * sx"
             tile = a_tiles[m % len(a_tiles)]
             stride = f'T.Cast("int64", sx * {self.stride_w})'
-            return _llvm("tileloadd64", f"T.uint8({tile})", f'A.access_ptr("r", offset={offset})', stride)
+            return _llvm(
+                "tileloadd64", f"T.uint8({tile})", f'A.access_ptr("r", offset={offset})', stride
+            )
 
         def load_b(n: int) -> str:
             tile = b_tiles[n % len(b_tiles)]
@@ -230,7 +238,9 @@ class AmxBlock:
             return _llvm(product, *(f"T.uint8({t})" for t in tiles))
 
         body: list[str] = []
-        outer, inner = (self.m_tiles, self.n_tiles) if weights_stay else (self.n_tiles, self.m_tiles)
+        outer, inner = (
+            (self.m_tiles, self.n_tiles) if weights_stay else (self.n_tiles, self.m_tiles)
+        )
         for i in range(outer):
             body.append(load_a(i) if weights_stay else load_b(i))
             for j in range(inner):
@@ -278,8 +288,8 @@ class AmxBlock:
 def configure(block: AmxBlock) -> object:
     """Return the block statement that loads this tile configuration on the running thread.
 
-    The buffer is int32 like the accumulators: TVM's StorageRewrite may give both one allocation, and
-    wants one element type then.
+    The buffer is int32 like the accumulators: TVM's StorageRewrite may give both one allocation,
+    and wants one element type then.
     """
     stores = "\n".join(f"        cfg[{i}] = T.int32({w})" for i, w in enumerate(block.config()))
     alloc = "T.sblock_alloc_buffer" if compat.IS_RELAX else "T.alloc_buffer"

@@ -150,11 +150,12 @@ def _vpdpbusd(bits: int) -> str:
 def _vpmaddwd(bits: int) -> str:
     lanes = bits // 32
     name = "avx512.pmaddw.d.512" if bits == 512 else "avx2.pmadd.wd"
-    return f'<acc> + {_call(name, 2, f"int32x{lanes}", "<a>", "<b>")}'
+    return f"<acc> + {_call(name, 2, f'int32x{lanes}', '<a>', '<b>')}"
 
 
 def _vpmaddubsw(bits: int) -> str:
-    """u8 x s8 pairs to saturated int16, then pairs of int16 to int32: exact for 7-bit weights only."""
+    """u8 x s8 pairs to saturated int16, then pairs of int16 to int32: exact for 7-bit weights only.
+    """
     lanes, halves = bits // 32, bits // 16
     ubsw, wd = (
         ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512")
@@ -163,7 +164,7 @@ def _vpmaddubsw(bits: int) -> str:
     )
     pairs = _call(ubsw, 2, f"int16x{halves}", "<a>", "<b>")
     ones = f'T.Broadcast(T.Cast("int16", 1), {halves})'
-    return f'<acc> + {_call(wd, 2, f"int32x{lanes}", pairs, ones)}'
+    return f"<acc> + {_call(wd, 2, f'int32x{lanes}', pairs, ones)}"
 
 
 def _table() -> dict[str, DotIntrinsic]:

@@ -7,9 +7,9 @@ as flat attributes; `epilogue_of` and `workload_of` read them back.
 | op | args | meaning |
 |---|---|---|
 | conv2d | data, weight, [bias], [scale], [residual] | `workload.Conv2dWorkload` |
-| matmul | data, weight, [bias], [scale], [residual] | `workload.MatmulWorkload`; dense is weight (N, K) |
+| matmul | data, weight, [bias], [scale], [residual] | `workload.MatmulWorkload`; dense: weight (N, K) |
 | add | a, b | clip(rint((a-za)*sa + (b-zb)*sb) + zo) |
-| avg_pool2d | data | clip(rint(mean(data - zi) * scale) + zo); window and padding like relax.nn.avg_pool2d |
+| avg_pool2d | data | clip(rint(mean(data - zi) * scale) + zo); like relax.nn.avg_pool2d |
 | requantize | data | clip(rint((data - zi) * scale) + zo) |
 | layout_transform | data | NCHW, NHWC <-> NCHW[c]c, channels padded with a fill value |
 """
@@ -136,7 +136,8 @@ def conv2d(
     residual_scale: float = 1.0,
     name: str = "",
 ) -> relax.Call:
-    """Return a `topi_int8.conv2d` call. `weight` is OIHW or HWIO; `channels` is the logical ic of packed data.
+    """Return a `topi_int8.conv2d` call. `weight` is OIHW or HWIO; `channels` is the logical ic of
+    packed data.
 
     The residual has the shape and layout of the output. See `workload` for the arithmetic.
     """
@@ -292,7 +293,8 @@ def add(
     clip_min: float | None = None,
     clip_max: float | None = None,
 ) -> relax.Call:
-    """Return a quantized add of two tensors of one shape; the scales are relative to the output's."""
+    """Return a quantized add of two tensors of one shape; the scales are relative to the output's.
+    """
     attrs = dict(
         a_zero_point=a_zero_point,
         a_scale=float(a_scale),
@@ -315,7 +317,9 @@ def requantize(
     clip_min: float | None = None,
     clip_max: float | None = None,
 ) -> relax.Call:
-    """Return ``clip(rint((data - zero_point) * scale) + out_zero_point)``; relu and clip are its bounds."""
+    """Return ``clip(rint((data - zero_point) * scale) + out_zero_point)``; relu and clip are its
+    bounds.
+    """
     attrs = dict(
         zero_point=zero_point,
         scale=float(scale),
@@ -358,7 +362,9 @@ def avg_pool2d(
     clip_min: float | None = None,
     clip_max: float | None = None,
 ) -> relax.Call:
-    """Return an integer average pool. Global pooling is ``pool_size == (h, w)``; scale is in/out scale."""
+    """Return an integer average pool. Global pooling is ``pool_size == (h, w)``; scale is in/out
+    scale.
+    """
     if channels is None:
         channels = shape_of(data)[_layout.Layout.parse(layout).channel_axis]
     attrs = dict(

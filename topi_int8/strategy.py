@@ -1,8 +1,8 @@
 """The strategy table: for an operator, a dtype pair, a shape and a target, which kernel.
 
-An ordered list, fastest first. Each entry says yes, or gives the reason for no; the first yes wins, and
-the last entry of each operator always accepts. `explain` prints the reasons, so a slow path is never
-taken silently. The table knows no graph: it is asked with a workload and a target's features.
+An ordered list, fastest first. Each entry says yes, or gives the reason for no; the first yes wins,
+and the last entry of each operator always accepts. `explain` prints the reasons, so a slow path is
+never taken silently. The table knows no graph: it is asked with a workload and a target's features.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Blocks:
 class Kernel:
     """A scheduled kernel and how to pack its operands.
 
-    ``func`` takes (data, weight, [bias], [scale], [residual], out): bias when `takes_bias`, scale and residual
-    when the workload's epilogue has them. Packers take the operator's own arrays (weights OIHW or
-    (batch, N, K)) and return what `func` takes.
+    ``func`` takes (data, weight, [bias], [scale], [residual], out): bias when `takes_bias`, scale
+    and residual when the workload's epilogue has them. Packers take the operator's own arrays
+    (weights OIHW or (batch, N, K)) and return what `func` takes.
     """
 
     func: Any
@@ -82,6 +82,9 @@ Accepts = Callable[[Workload, Features], str | None]
 Build = Callable[[Any, Blocks, Features, bool], Kernel]
 
 
+_OPS = ("conv2d", "depthwise", "matmul", "conv2d_float32", "depthwise_float32", "matmul_float32")
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One row of the table.
@@ -91,7 +94,7 @@ class Strategy:
     name : str
         As explain() shows it.
     op : str
-        "conv2d", "depthwise" or "matmul".
+        "conv2d", "depthwise" or "matmul", with "_float32" behind it for float operands.
     isa : str
         The ISA it needs (a name of `topi_int8.target`'s table).
     intrinsic : str
@@ -110,8 +113,8 @@ class Strategy:
     build: Build
 
     def __post_init__(self) -> None:
-        if self.op not in ("conv2d", "depthwise", "matmul"):
-            raise ValueError(f"op is {self.op!r}; allowed: conv2d, depthwise, matmul")
+        if self.op not in _OPS:
+            raise ValueError(f"op is {self.op!r}; allowed: {', '.join(_OPS)}")
 
     def accepts(self, work: Workload, feats: Features) -> str | None:
         """Return None for yes, or the reason for no."""
@@ -151,7 +154,9 @@ class Decision:
         """
         if blocks is None:
             blocks = default_blocks(self.work, self.feats)
-        return _build(self.work, self.strategy_row, self.feats, blocks, ask_permission)
+        # The weight's range decides; the code does not depend on it, so kernels are shared.
+        work = replace(self.work, weight_range=None)
+        return _build(work, self.strategy_row, self.feats, blocks, ask_permission)
 
 
 @lru_cache(maxsize=512)
@@ -162,13 +167,15 @@ def _build(work: Any, row: Strategy, feats: Features, blocks: Blocks, ask: bool)
 # ---------------------------------------------------------------- blocks
 
 
-def activation_block(feats: Features, channels: int, is_float: bool = False, entry: bool = False) -> int:
+def activation_block(
+    feats: Features, channels: int, is_float: bool = False, entry: bool = False
+) -> int:
     """Return the channel block of an activation on this target.
 
-    AMX multiplies 64 input channels a step and wants them in one 64-byte row, so that the row stride of
-    a tile is a cache line; narrower tensors take a narrower block rather than mostly padding. The
-    other ISAs take one vector of 16 channels. A network's input (`entry`) of up to 4 channels keeps them
-    in 32-bit groups; what a convolution writes has at least 16.
+    AMX multiplies 64 input channels a step and wants them in one 64-byte row, so that the row
+    stride of a tile is a cache line; narrower tensors take a narrower block rather than mostly
+    padding. The other ISAs take one vector of 16 channels. A network's input (`entry`) of up to 4
+    channels keeps them in 32-bit groups; what a convolution writes has at least 16.
     """
     if entry and channels <= 4:
         return 4
@@ -197,8 +204,9 @@ def _round_up(value: int, step: int) -> int:
 def matmul_as_conv(work: MatmulWorkload) -> tuple[Conv2dWorkload, int]:
     """Return the 1x1 convolution that a matmul is, and the output block.
 
-    Rows are columns of a one-row image, K is a single channel block and each batch is a group, so that
-    the packed tensors are the matmul's own, (batch, M, K) and (batch, M, N), seen in five dimensions.
+    Rows are columns of a one-row image, K is a single channel block and each batch is a group, so
+    that the packed tensors are the matmul's own, (batch, M, K) and (batch, M, N), seen in five
+    dimensions.
     """
     out_block = _round_up(work.n, 16)
     conv = Conv2dWorkload(
@@ -360,32 +368,22 @@ def _always(_work: Workload, _feats: Features) -> None:
     return None
 
 
-def _not_float(work: Workload) -> str | None:
-    return "float32 operands" if work.is_float else None
-
-
 def _weights_not_int8(work: Workload) -> str | None:
     """Return why weight - zero_point may not fit int8, or None if it does."""
     if work.weight_dtype == "int8" and work.weight_zero_point == 0:
         return None
     if work.weight_range is None:
-        return f"{work.weight_dtype} weights with zero point {work.weight_zero_point} may not fit int8"
+        return (
+            f"{work.weight_dtype} weights with zero point {work.weight_zero_point} may not fit int8"
+        )
     low, high = (bound - work.weight_zero_point for bound in work.weight_range)
     if -128 <= low and high <= 127:
         return None
     return f"weights minus their zero point span [{low}, {high}], not int8"
 
 
-def is_range_decisive(work: Workload) -> bool:
-    """Whether knowing the weight's range can change the decision (kernels are shared when it can't)."""
-    if work.weight_range is None:
-        return False
-    low, high = (bound - work.weight_zero_point for bound in work.weight_range)
-    return max(-low, high) <= PROVEN_7BIT or _weights_not_int8(replace(work, weight_range=None)) is not None
-
-
 def _declines_dot(work: Workload, _feats: Features) -> str | None:
-    return _not_float(work) or _weights_not_int8(work) or _odd_dynamic_k(work, 4)
+    return _weights_not_int8(work) or _odd_dynamic_k(work, 4)
 
 
 def _odd_dynamic_k(work: Workload, step: int) -> str | None:
@@ -403,22 +401,18 @@ def _declines_7bit(work: Workload, feats: Features) -> str | None:
         return "weights are not known to be 7-bit: vpmaddubsw could saturate"
     low, high = (bound - work.weight_zero_point for bound in work.weight_range)
     if max(-low, high) > PROVEN_7BIT:
-        return f"weights span [{low}, {high}], not [-{PROVEN_7BIT}, {PROVEN_7BIT}]: vpmaddubsw could saturate"
+        return f"weights span [{low}, {high}], beyond +-{PROVEN_7BIT}: vpmaddubsw could saturate"
     return None
 
 
 def _declines_wide(work: Workload, _feats: Features) -> str | None:
-    return _not_float(work) or _odd_dynamic_k(work, 2)
+    return _odd_dynamic_k(work, 2)
 
 
 def _declines_amx(work: Workload, _feats: Features) -> str | None:
     if work.weight_zero_point == 0:
-        return _not_float(work) or _odd_dynamic_k(work, 4)
-    return _not_float(work) or _weights_not_int8(work) or _odd_dynamic_k(work, 4)
-
-
-def _declines_float(work: Workload, _feats: Features) -> str | None:
-    return None if work.is_float else "integer operands"
+        return _odd_dynamic_k(work, 4)
+    return _weights_not_int8(work) or _odd_dynamic_k(work, 4)
 
 
 _DOT_ROWS: tuple[tuple[str, str, str, Accepts], ...] = (
@@ -435,7 +429,7 @@ def _rows(op: str) -> tuple[Strategy, ...]:
     """Return the dense rows of conv2d or matmul: they share algorithms, and so the order."""
     stem = "conv2d_nchwc" if op == "conv2d" else "matmul"
     return (
-        Strategy(f"{stem}_float32", op, "generic", "fma", _declines_float, _build_vector),
+        Strategy(f"{stem}_float32", f"{op}_float32", "generic", "fma", _always, _build_vector),
         Strategy(f"{stem}_amx_int8", op, "amx_int8", "dot_amx_int8", _declines_amx, _build_amx),
         *(
             Strategy(f"{stem}_{suffix}", op, isa, name, declines, _build_dot(name))
@@ -446,8 +440,16 @@ def _rows(op: str) -> tuple[Strategy, ...]:
 
 
 STRATEGIES: tuple[Strategy, ...] = (
-    Strategy(
-        "depthwise_nchwc", "depthwise", "generic", "vector multiply-add", _always, _build_depthwise
+    *(
+        Strategy(
+            f"depthwise_nchwc{suffix}",
+            f"depthwise{suffix}",
+            "generic",
+            "vector multiply-add",
+            _always,
+            _build_depthwise,
+        )
+        for suffix in ("", "_float32")
     ),
     *_rows("conv2d"),
     *_rows("matmul"),
@@ -455,6 +457,7 @@ STRATEGIES: tuple[Strategy, ...] = (
 
 
 def _decide(op: str, work: Workload, target: Any) -> Decision:
+    op += "_float32" if work.is_float else ""
     feats = target if isinstance(target, Features) else features(target)
     declined: list[tuple[str, str]] = []
     for row in STRATEGIES:

@@ -12,10 +12,10 @@ The arithmetic they stand for (``Z`` the integers, all sums exact in int32)::
     out_dtype float32:          out = clip(float32(v) * scale[oc] + r)
     out_dtype uint8 or int8:    out = clip(rint(float32(v) * scale[oc] + r) + out_zero_point)
 
-where ``r = (residual - residual_zero_point) * residual_scale`` when a residual is added, rint rounds
-half to even, and clip saturates to ``[clip_min, clip_max]`` inside the range of ``out_dtype``.
-Borders are padded with ``data_zero_point`` (a real zero). A float32 workload has neither zero points
-nor scale; its bias is float32.
+where ``r = (residual - residual_zero_point) * residual_scale`` when a residual is added, rint
+rounds half to even, and clip saturates to ``[clip_min, clip_max]`` inside the range of ``out_dtype``.
+Borders are padded with ``data_zero_point`` (a real zero). A float32 workload has neither zero
+points nor scale; its bias is float32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Epilogue:
     out_dtype : str
         "int32", "float32", "uint8" or "int8".
     bias : bool
-        Whether a per-channel bias is added: int32 (float32 in a float32 workload), at accumulator scale.
+        Whether a per-channel bias is added: int32 (float32 in a float32 workload), at accumulator
+        scale.
     scale : bool
         Whether a per-channel float32 multiplier is applied. Required for uint8/int8 outputs,
         refused for int32.
@@ -57,7 +58,8 @@ class Epilogue:
         Bounds in units of the output (quantized units, zero point included, for integers). None
         means the range of the type. relu is ``clip_min=out_zero_point``.
     residual_dtype : str or None
-        "uint8", "int8" or "float32": a tensor of the output's shape is added before clip. None: no residual.
+        "uint8", "int8" or "float32": a tensor of the output's shape is added before clip. None: no
+        residual.
     residual_zero_point : int
     residual_scale : float
         Multiplier that brings the residual to units of the output.
@@ -93,7 +95,10 @@ class Epilogue:
             )
         low, high = self.bounds()
         _require(
-            low is None or high is None or low <= high, "clip_min, clip_max", (low, high), "min <= max"
+            low is None or high is None or low <= high,
+            "clip_min, clip_max",
+            (low, high),
+            "min <= max",
         )
 
     def bounds(self) -> tuple[float | None, float | None]:
@@ -111,8 +116,8 @@ class Conv2dWorkload:
     """A 2-D convolution with its fused epilogue. Shapes are logical (unpadded channels).
 
     ``padding`` is (top, left, bottom, right). ``weight_range`` is the pair (min, max) of a constant
-    weight, when known: it is what proves that vpmaddubsw cannot saturate. ``depthwise`` convolutions
-    are groups == ic == oc.
+    weight, when known: it is what proves that vpmaddubsw cannot saturate. ``depthwise``
+    convolutions are groups == ic == oc.
     """
 
     n: int
@@ -146,10 +151,17 @@ class Conv2dWorkload:
             self.ic % self.groups == 0 and self.oc % self.groups == 0,
             "groups", self.groups, f"a divisor of ic={self.ic} and oc={self.oc}",
         )  # fmt: skip
-        _require(self.oh >= 1 and self.ow >= 1, "kernel", (self.kh, self.kw), "one that fits the input")
+        _require(
+            self.oh >= 1 and self.ow >= 1, "kernel", (self.kh, self.kw), "one that fits the input"
+        )
         if self.data_dtype == "float32":
             _require(self.weight_dtype == "float32", "weight_dtype", self.weight_dtype, "float32")
-            _require(self.epilogue.out_dtype == "float32", "out_dtype", self.epilogue.out_dtype, "float32")
+            _require(
+                self.epilogue.out_dtype == "float32",
+                "out_dtype",
+                self.epilogue.out_dtype,
+                "float32",
+            )
             _require(not self.epilogue.scale, "scale", True, "False for float32 convolutions")
         else:
             for which in ("data", "weight"):
@@ -162,13 +174,17 @@ class Conv2dWorkload:
     def oh(self) -> int:
         """Output height."""
         top, _, bottom, _ = self.padding
-        return (self.ih + top + bottom - (self.kh - 1) * self.dilation[0] - 1) // self.strides[0] + 1
+        return (self.ih + top + bottom - (self.kh - 1) * self.dilation[0] - 1) // self.strides[
+            0
+        ] + 1
 
     @property
     def ow(self) -> int:
         """Output width."""
         _, left, _, right = self.padding
-        return (self.iw + left + right - (self.kw - 1) * self.dilation[1] - 1) // self.strides[1] + 1
+        return (self.iw + left + right - (self.kw - 1) * self.dilation[1] - 1) // self.strides[
+            1
+        ] + 1
 
     @property
     def macs(self) -> int:
@@ -194,8 +210,8 @@ class Conv2dWorkload:
 class MatmulWorkload:
     """``out[b, m, n] = epilogue(sum_k data[b, m, k] * weight[b, n, k])``: dense and batched matmul.
 
-    The weight is given as (N, K) (dense) or (B, N, K); ``transpose_b`` False says that the call's own
-    operand is (B, K, N). ``weight_constant`` says whether it can be packed at compile time.
+    The weight is given as (N, K) (dense) or (B, N, K); ``transpose_b`` False says that the call's
+    own operand is (B, K, N). ``weight_constant`` says whether it can be packed at compile time.
     Bias and scale are per n.
     """
 

@@ -2,7 +2,7 @@
 
 One algorithm serves every instruction set; what differs is the packing, held by `PackedConv2d`::
 
-    xp[n, cb, y, x, i]         = data inside, the zero point outside         (stage "pad", if needed)
+    xp[n, cb, y, x, i]         = data inside, the zero point outside        (stage "pad", if needed)
     acc[n, ob, y, x, o]        = sum over cb, kh, kw, i of xp * weight       (stage "conv")
     out[n, ob, y, x, o]        = epilogue(acc)                               (stage "out")
 
@@ -55,8 +55,8 @@ class PackedConv2d:
         column side by side, kw * ic channels in one block of `fold`, and the convolution that is
         left has kw = 1 and no horizontal stride. With kw = 1 it just widens the block.
     out_store : int
-        Channels of each output block that are stored (0: all of them). Less than out_block where the
-        output is a plain matrix whose width is no whole number of vectors.
+        Channels of each output block that are stored (0: all of them). Less than out_block where
+        the output is a plain matrix whose width is no whole number of vectors.
     """
 
     work: Conv2dWorkload
@@ -77,7 +77,7 @@ class PackedConv2d:
             raise ValueError(f"k is {self.k}; allowed: a divisor of {self.step_block}")
         if self.fold and (self.work.groups != 1 or self.fold < self.work.ic * self.work.kw):
             raise ValueError(
-                f"fold is {self.fold}; allowed: >= ic * kw = {self.work.ic * self.work.kw}, groups 1"
+                f"fold is {self.fold}; allowed: groups 1 and >= {self.work.ic * self.work.kw}"
             )
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.work.ow)
@@ -147,7 +147,8 @@ class PackedConv2d:
         w = self.work
         return (
             self.out_blocks * self.out_block // self.lanes,
-            self.in_blocks_per_group, w.kh, self.taps_w, self.step_block // self.k, self.lanes, self.k,
+            self.in_blocks_per_group, w.kh, self.taps_w, self.step_block // self.k, self.lanes,
+            self.k,
         )  # fmt: skip
 
     @property
@@ -166,10 +167,7 @@ class PackedConv2d:
         """Whether the inner loop cannot read the data where it lies."""
         w = self.work
         return bool(
-            any(w.padding)
-            or self.fold
-            or self.ow_padded != w.ow
-            or self.data_dtype != w.data_dtype
+            any(w.padding) or self.fold or self.ow_padded != w.ow or self.data_dtype != w.data_dtype
         )
 
     @property
@@ -195,7 +193,9 @@ class PackedConv2d:
             wide = wide.transpose(0, 3, 1, 2)
             icg = w.kw * w.ic
         group_ic = self.in_blocks_per_group * self.step_block
-        dense = np.zeros((self.out_blocks * self.out_block, group_ic, w.kh, self.taps_w), wide.dtype)
+        dense = np.zeros(
+            (self.out_blocks * self.out_block, group_ic, w.kh, self.taps_w), wide.dtype
+        )
         per_super = w.groups // self.super_groups
         for g in range(w.groups):
             at = (g % per_super) * icg

@@ -2,7 +2,8 @@
 
 Each channel meets its own filter, so the channel block is the vector and no dot product helps::
 
-    acc[n, cb, y, x, c] = sum over kh, kw of xp[n, cb, y*sh + kh*dh, x*sw + kw*dw, c] * weight[cb, kh, kw, c]
+    acc[n, cb, y, x, c] = sum over kh, kw of
+                          xp[n, cb, y*sh + kh*dh, x*sw + kw*dw, c] * weight[cb, kh, kw, c]
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .epilogue import apply
 class PackedDepthwise:
     """A depthwise convolution with its channel block. Weights and epilogue operands share it.
 
-    Zero points are folded as in `conv2d`: data stays in its own 8-bit type, borders are padded with the
-    zero point, and the compensation goes to the bias.
+    Zero points are folded as in `conv2d`: data stays in its own 8-bit type, borders are padded with
+    the zero point, and the compensation goes to the bias.
     """
 
     work: Conv2dWorkload
@@ -51,7 +52,9 @@ class PackedDepthwise:
         """Packed weight: the zero point is subtracted, which takes int16."""
         if self.work.is_float:
             return "float32"
-        return "int16" if self.work.weight_zero_point or self.work.weight_dtype == "uint8" else "int8"
+        return (
+            "int16" if self.work.weight_zero_point or self.work.weight_dtype == "uint8" else "int8"
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""The operators between convolutions, in TE: add, requantize, average pool, layout transform, packing.
+"""The operators between convolutions, in TE: add, requantize, average pool, layout transform,
+packing.
 
 All are layout-blind or take the layout as an index map; none knows the graph.
 """
@@ -114,7 +115,9 @@ def layout_transform(data: Any, src: Layout, dst: Layout, channels: int, pad_val
         value = data[source_index(ni, ci, hi, wi)]
         if not dst.is_packed or channels % dst.block == 0:
             return value
-        fill = tir.const(int(pad_value) if str(data.dtype) in DTYPE_RANGE else pad_value, data.dtype)
+        fill = tir.const(
+            int(pad_value) if str(data.dtype) in DTYPE_RANGE else pad_value, data.dtype
+        )
         return tir.if_then_else(ci < channels, value, fill)
 
     return te.compute(dst.shape(n, c, h, w), move, name="layout_transform")

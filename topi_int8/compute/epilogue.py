@@ -1,9 +1,10 @@
 """The fused epilogue in TE: bias, requantize, residual, clip, and the cast to the stored type.
 
 Rounding half to even without a rounding instruction: adding 1.5 * 2**23 to a float32 of magnitude
-under 2**22 leaves the rounded integer in the low mantissa bits, by the IEEE addition's own rounding.
-One add replaces vrndscale + vcvttps2dq on x86 and frint + fcvtzs on ARM, and every ISA has it. The
-clamp comes first, in float: clamping to integers commutes with rounding, and it bounds the magnitude.
+under 2**22 leaves the rounded integer in the low mantissa bits, by the IEEE addition's own
+rounding. One add replaces vrndscale + vcvttps2dq on x86 and frint + fcvtzs on ARM, and every ISA
+has it. The clamp comes first, in float: clamping to integers commutes with rounding, and it bounds
+the magnitude.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _MAGIC_BITS = 0x4B400000  # its bit pattern; the low byte is 0
 
 def f32(value: Any) -> Any:
     """Return a float32 constant, or an expression cast to float32."""
-    return tir.const(value, "float32") if isinstance(value, int | float) else value.astype("float32")
+    return (
+        tir.const(value, "float32") if isinstance(value, int | float) else value.astype("float32")
+    )
 
 
 def quantize_value(value: Any, zero_point: int, low: float, high: float, dtype: str) -> Any:

@@ -1,4 +1,6 @@
-"""Packing of weights that are not constants, in TE: what `PackedConv2d`'s numpy packers do, at run time."""
+"""Packing of weights that are not constants, in TE: what `PackedConv2d`'s numpy packers do, at run
+time.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,12 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
 
 
 def pack_bias(conv: PackedConv2d, weight: Any, bias: Any | None) -> Any:
-    """Return the int32 bias (out_blocks, out_block) with the zero point's compensation folded in."""
+    """Return the int32 bias (out_blocks, out_block) with the zero point's compensation folded in.
+    """
     w = conv.work
-    axes = [te.reduce_axis((0, int(d)), name) for d, name in zip(weight.shape[1:], "ihw", strict=True)]
+    axes = [
+        te.reduce_axis((0, int(d)), name) for d, name in zip(weight.shape[1:], "ihw", strict=True)
+    ]
     zero_point = tir.const(w.weight_zero_point, "int32")
     sums = te.compute(
         (w.oc,),
@@ -66,7 +71,9 @@ def pack_bias(conv: PackedConv2d, weight: Any, bias: Any | None) -> Any:
 
 
 def pack_depthwise_weight(conv: PackedDepthwise, weight: Any) -> Any:
-    """Return an OIHW weight (c, 1, kh, kw) packed into ``conv.weight_shape``, zero point subtracted."""
+    """Return an OIHW weight (c, 1, kh, kw) packed into ``conv.weight_shape``, zero point
+    subtracted.
+    """
     w = conv.work
 
     def element(cb: Any, kh: Any, kw: Any, i: Any) -> Any:

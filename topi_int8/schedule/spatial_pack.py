@@ -22,7 +22,8 @@ from ..compute.conv2d import PackedConv2d, conv2d
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: output rows x columns, blocks of output channels, and vectors in each block."""
+    """A register tile: output rows x columns, blocks of output channels, and vectors in each block.
+    """
 
     height: int
     width: int
@@ -50,11 +51,12 @@ def choose_tile(
 ) -> tuple[Tile, int]:
     """Choose the register tile and the padded output width by a cost rule.
 
-    Cost per output and reduction step, in issued operations: `uops` for the product, half a broadcast
-    (a load, from L1) shared by the tile's vectors, and two for a weight load (from L2) shared by its
-    pixels. Columns that pad the last tile are waste, and cropping them costs another pass; under ten
-    accumulators the multiplier's latency (5 cycles, two a cycle) shows. Ranked against measured times
-    of ResNet's layers on AVX2: tiles of many pixels by one or two vectors win.
+    Cost per output and reduction step, in issued operations: `uops` for the product, half a
+    broadcast (a load, from L1) shared by the tile's vectors, and two for a weight load (from L2)
+    shared by its pixels. Columns that pad the last tile are waste, and cropping them costs another
+    pass; under ten accumulators the multiplier's latency (5 cycles, two a cycle) shows. Ranked
+    against measured times of ResNet's layers on AVX2: tiles of many pixels by one or two vectors
+    win.
 
     Parameters
     ----------
@@ -136,7 +138,8 @@ def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
     for loop in (ay, ax, aob, avec):
         sch.unroll(loop)
 
-    # 4. Zero, accumulate, store; all in vectors of `lanes`. (A reduction can only be vectorised whole.)
+    # 4. Zero, accumulate, store; all in vectors of `lanes`. (A reduction can only be vectorised
+    # whole.)
     if intrinsic is None:
         sch.reorder(kk, alane)
         sch.vectorize(alane)
@@ -156,7 +159,8 @@ def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
 
 
 def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
-    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled."""
+    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled.
+    """
     *_, lanes = loops = sch.get_loops(init)
     for loop in loops[-1 - unrolled : -1]:
         sch.unroll(loop)
@@ -164,10 +168,11 @@ def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
 
 
 def copy_stage(sch: Any, block: Any) -> None:
-    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64."""
+    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64.
+    """
     *rows, column, channel = sch.get_loops(block)
     width = max(divisors(int(sch.get(channel).extent), 64))
-    outer, vector = sch.split(channel, [None, width])
+    _, vector = sch.split(channel, [None, width])
     sch.vectorize(vector)
     sch.parallel(sch.fuse(*rows) if rows else column)
 

@@ -2,8 +2,8 @@
 # Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
 """Direct convolution on AMX tiles: up to 2x2 tiles of int32, the requantize epilogue from L1.
 
-A C tile is `rows` pixels of one output row by 16 output channels. `tileloadd` steps over pixels with
-the convolution's own stride, so nothing is gathered; a tap of the kernel is a constant offset.
+A C tile is `rows` pixels of one output row by 16 output channels. `tileloadd` steps over pixels
+with the convolution's own stride, so nothing is gathered; a tap of the kernel is a constant offset.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .spatial_pack import copy_stage, divisors, finish
 def choose_rows(ow: int) -> tuple[int, int]:
     """Return (rows, ow_padded): the pixels of a tile, and whole tiles of them over an output row.
 
-    A tdp takes `rows` cycles whatever else, so short tiles waste no multiplies; what each tile costs
+    A tdp takes `rows` cycles whatever else, so short tiles waste no multiplies; what a tile costs
     besides is its loads (about 8 cycles a 16-row tile) and its share of the loop. Padding columns
     are wasted work and cost a crop.
     """
@@ -35,7 +35,9 @@ def choose_rows(ow: int) -> tuple[int, int]:
 
 
 def choose_step(channels: int) -> int:
-    """Return the input channels of one tile step: the largest divisor in 4..64 that is a multiple of 4."""
+    """Return the input channels of one tile step: the largest divisor in 4..64 that is a multiple
+    of 4.
+    """
     return max(d for d in range(4, 65, 4) if channels % d == 0)
 
 
@@ -59,8 +61,14 @@ def choose_block(conv: PackedConv2d, rows: int) -> x86_amx.AmxBlock:
                     load = (m * rows / 2 + n * step / 8) / (m * n)
                     cost = (max(load, rows) + 0.2 * load, rows_h)
                     if best is None or cost < best[0]:
-                        best = cost, dict(
-                            tiles_w=tiles_w, rows_h=rows_h, oc_tiles=oc_tiles, oc_blocks=oc_blocks
+                        best = (
+                            cost,
+                            dict(
+                                tiles_w=tiles_w,
+                                rows_h=rows_h,
+                                oc_tiles=oc_tiles,
+                                oc_blocks=oc_blocks,
+                            ),
                         )
     assert best is not None, "one tile always fits"
     sh, sw = conv.step_strides

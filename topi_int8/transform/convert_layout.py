@@ -1,11 +1,11 @@
 """ConvertLayout: packed activation layouts through whole regions, transforms only at their borders.
 
-Every convolution wants NCHW[c]c; everything that does not care (pooling, adds, clips, requantize, concat
-along whole blocks) follows its input. A tensor is kept in each layout somebody asked for: the first
+Every convolution wants NCHW[c]c; everything that does not care (pooling, adds, clips, requantize,
+concat along whole blocks) follows its input. A tensor is kept in each layout somebody asked for: the first
 who asks pays the transform, and in a region of operators that follow, nobody asks.
 
-Channels that fill a block up hold no meaning. Weights there are zero, so what they hold never reaches
-a result, as long as it is finite; only operators that keep it so are followed.
+Channels that fill a block up hold no meaning. Weights there are zero, so what they hold never
+reaches a result, as long as it is finite; only operators that keep it so are followed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ..target import Features, features
 class Image:
     """The layouts a 4-D tensor exists in so far.
 
-    ``logical`` is the layout the graph's own operators see (NCHW or NHWC); ``values`` maps a layout's name to
-    the expression that holds the tensor so.
+    ``logical`` is the layout the graph's own operators see (NCHW or NHWC); ``values`` maps a
+    layout's name to the expression that holds the tensor so.
     """
 
     logical: str
@@ -144,7 +144,8 @@ class _Converter(PyExprMutator):
         return op.layout_transform(value, source, layout, image.channels)
 
     def packed_operand(self, expr: Any, logical: str, channels: int, entry: bool = False) -> str:
-        """Return the packed layout to read an operand in: the one it has, else the target's choice."""
+        """Return the packed layout to read an operand in: the one it has, else the target's choice.
+        """
         image = self.image(expr, logical, channels)
         if image.packed:
             return image.packed
@@ -184,7 +185,10 @@ def _static(*exprs: Any) -> bool:
 
 def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
     attrs, named = op.attrs_of(call), op.operands(call)
-    if not _static(call, named["data"], named["weight"]) or Layout.parse(attrs["data_layout"]).is_packed:
+    if (
+        not _static(call, named["data"], named["weight"])
+        or Layout.parse(attrs["data_layout"]).is_packed
+    ):
         return None
     work = op.conv2d_workload(call)
     logical = attrs["data_layout"]
@@ -214,7 +218,11 @@ def _elementwise(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image]
         elif _static(arg) and op.shape_of(arg) == shape:
             conv.image(arg, leader.logical, leader.channels)
             args.append(conv.in_layout(arg, layout))
-        elif _static(arg) and all(dim == 1 for dim in op.shape_of(arg)) and isinstance(arg, GenericConst):
+        elif (
+            _static(arg)
+            and all(dim == 1 for dim in op.shape_of(arg))
+            and isinstance(arg, GenericConst)
+        ):
             args.append(relax.const(arg.value.numpy().reshape(()), str(arg.ty.dtype)))
         else:
             return None
@@ -239,7 +247,10 @@ def _pool(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None
             return None
         fields = ("pool_size", "strides", "padding", "dilation", "ceil_mode", "count_include_pad")
         kept = {key: getattr(call.attrs, key) for key in fields}
-        pool = {"relax.nn.max_pool2d": relax.op.nn.max_pool2d, "relax.nn.avg_pool2d": relax.op.nn.avg_pool2d}
+        pool = {
+            "relax.nn.max_pool2d": relax.op.nn.max_pool2d,
+            "relax.nn.avg_pool2d": relax.op.nn.avg_pool2d,
+        }
         new = pool[call.op.name](data, layout=layout, out_layout=layout, **kept)
     return new, Image(image.logical, image.channels, {layout: None})
 
@@ -265,9 +276,10 @@ def _concat(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
 # Elementwise operators under which a finite value stays finite.
 _FOLLOW = (
     "topi_int8.add", "topi_int8.requantize", "relax.quantize", "relax.dequantize", "relax.nn.relu",
-    "relax.nn.relu6", "relax.clip", "relax.add", "relax.subtract", "relax.multiply", "relax.maximum",
-    "relax.minimum", "relax.sigmoid", "relax.tanh", "relax.nn.silu", "relax.nn.gelu", "relax.astype",
-    "relax.negative", "relax.abs", "relax.right_shift", "relax.left_shift",
+    "relax.nn.relu6", "relax.clip", "relax.add", "relax.subtract", "relax.multiply",
+    "relax.maximum", "relax.minimum", "relax.sigmoid", "relax.tanh", "relax.nn.silu",
+    "relax.nn.gelu", "relax.astype", "relax.negative", "relax.abs", "relax.right_shift",
+    "relax.left_shift",
 )  # fmt: skip
 
 _HANDLERS: dict[str, Handler] = {

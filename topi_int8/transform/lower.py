@@ -62,8 +62,6 @@ def decide(call: relax.Call, feats: Features) -> Decision:
     if isinstance(weight, GenericConst) and not work.is_float:
         values = weight.value.numpy()
         work = replace(work, weight_range=(int(values.min()), int(values.max())))
-        if not strategy.is_range_decisive(work):
-            work = replace(work, weight_range=None)
     return (strategy.conv2d if is_conv else strategy.matmul)(work, feats)
 
 
@@ -162,10 +160,13 @@ class _Lowering(PyExprMutator):
         args = [named["data"], *self.pack_operands(call, kernel)]
         if named["residual"] is not None:
             args.append(named["residual"])
-        return relax.call_tir(func, args, out_ty=relax.TensorType(op.shape_of(call), attrs["out_dtype"]))
+        return relax.call_tir(
+            func, args, out_ty=relax.TensorType(op.shape_of(call), attrs["out_dtype"])
+        )
 
     def matmul(self, call: relax.Call) -> Any:
-        """Lower a matmul: its tensors are seen as the five-dimensional ones of a 1x1 convolution."""
+        """Lower a matmul: its tensors are seen as the five-dimensional ones of a 1x1 convolution.
+        """
         named, shape = op.operands(call), op.shape_of(call)
         work = op.matmul_workload(call)
         kernel, func = self.kernel(decide(call, self.feats), None)
@@ -218,7 +219,6 @@ class _Lowering(PyExprMutator):
         )
 
 
-
 def _oihw(weight: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
     """Return a conv2d weight as OIHW, a matmul weight as (.., N, K)."""
     if "kernel_layout" in attrs:
@@ -233,4 +233,3 @@ def _oihw_expr(weight: Any, attrs: dict[str, Any]) -> Any:
     if layout == "OIHW":
         return weight
     return relax.op.permute_dims(weight, [layout.index(axis) for axis in "OIHW"])
-

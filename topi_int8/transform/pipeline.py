@@ -1,11 +1,12 @@
-"""The pass order, strung together: what `tvm.compile` runs for an LLVM CPU target while we are enabled."""
+"""The pass order, strung together: what `tvm.compile` runs for an LLVM CPU target while we are
+enabled.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import tvm
-from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 from tvm.target import Target
 
