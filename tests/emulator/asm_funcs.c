@@ -248,6 +248,24 @@ void vnni_preserves(uint8_t *out, const uint8_t *in) {
         "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
 }
 
+/* A run with broadcasts in it, into low and high, ymm and xmm registers. */
+void vnni_run(uint8_t *c, const uint8_t *a, const uint8_t *b) {
+  __asm__ volatile(
+      "vmovdqu (%0), %%ymm1\n\t"
+      "vmovdqu (%2), %%ymm9\n\t"
+      "vpcmpeqd %%ymm3, %%ymm3, %%ymm3\n\t"
+      "vpbroadcastd (%1), %%ymm2\n\t"
+      "%{vex%} vpdpbusd %%ymm9, %%ymm2, %%ymm1\n\t"
+      "vpbroadcastd 8(%1), %%ymm12\n\t"
+      "%{vex%} vpdpbusd %%ymm9, %%ymm12, %%ymm1\n\t"
+      "vpbroadcastd -4(%1,%3,8), %%xmm3\n\t"
+      "%{vex%} vpdpbusd %%ymm9, %%ymm3, %%ymm1\n\t"
+      "vmovdqu %%ymm1, (%0)\n\tvzeroupper"
+      :
+      : "r"(c), "r"(a), "r"(b), "r"((uint64_t)3)
+      : "memory", "xmm1", "xmm2", "xmm3", "xmm9", "xmm12");
+}
+
 /* ---- misuse */
 
 void bad_no_config(int32_t *c) {

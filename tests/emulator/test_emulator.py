@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,6 +254,66 @@ def test_vnni_preserves_other_registers() -> None:
     expected = source.copy()
     expected[9] = vnni_reference(source[9].view(np.int32), source[2], source[3]).view(np.uint8)
     np.testing.assert_array_equal(out, expected)
+
+
+def test_vnni_run_with_broadcasts() -> None:
+    lib = functions()
+    c, a, b = vnni_operands(0)
+    expected = c
+    for first, lanes in ((0, 32), (8, 32), (20, 16)):  # the last goes to an xmm register
+        operand = np.zeros(32, np.uint8)
+        operand[:lanes] = np.tile(a[first : first + 4], lanes // 4)
+        expected = vnni_reference(expected, operand, b)
+    reset()
+    lib.vnni_run(ptr(c), ptr(a), ptr(b))
+    np.testing.assert_array_equal(c, expected)
+    if "avxvnni" not in native_features():
+        assert counts() == {"vpdpbusd": 3}
+        assert traps() == 1
+
+
+def test_tvm_worker_threads(tmp_path: Path) -> None:
+    """TVM runs the chunks of a parallel loop in threads of its own."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed, it links kernels")
+    import tvm
+
+    from intrinsics import compat
+
+    functions()
+    new = compat.llvm_major() >= 22  # the intrinsic took vectors of int32 before
+    name = 'T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.256")'
+    a, b = (
+        (f'T.reinterpret("int8x32", {v}.vload([i, 0], "{t}x32"))' if new else
+         f'T.reinterpret("int32x8", {v}.vload([i, 0], "{t}x32"))')
+        for v, t in (("A", "uint8"), ("B", "int8"))
+    )  # fmt: skip
+    dot = f"T.call_llvm_pure_intrin({name}, {{NSIG:3}} T.Broadcast(T.int32(0), 8), {a}, {b},"
+    kernel = f"""
+{{PF}}
+def main(
+    A: T.Buffer((1000, 32), "uint8"), B: T.Buffer((1000, 32), "int8"),
+    C: T.Buffer((1000, 8), "int32")
+) -> None:
+    T.func_attr({{"global_symbol": "main"}})
+    with {{block}}("root"):
+        for i in T.parallel(0, 1000):
+            C[i, T.ramp(T.int32(0), 1, 8)] = {dot} dtype="int32x8")
+"""
+    module = tvm.IRModule({"main": compat.parse_prim_func(kernel)})
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "alderlake"})
+    tvm.compile(module, target=target).export_library(str(tmp_path / "kernel.so"))
+    loaded = tvm.runtime.load_module(str(tmp_path / "kernel.so"))
+    rng = np.random.default_rng(7)
+    a = rng.integers(0, 256, (1000, 32), dtype=np.uint8)
+    b = rng.integers(-128, 128, (1000, 32), dtype=np.int8)
+    c = tvm.runtime.tensor(np.zeros((1000, 8), np.int32))
+    reset()
+    loaded["main"](tvm.runtime.tensor(a), tvm.runtime.tensor(b), c)
+    expected = (a.astype(np.int32) * b).reshape(1000, 8, 4).sum(axis=2)
+    np.testing.assert_array_equal(c.numpy(), expected)
+    if "avxvnni" not in native_features():
+        assert counts() == {"vpdpbusd": 1000}
 
 
 def test_speed_of_full_tiles() -> None:
