@@ -35,6 +35,7 @@ class OurKernel:
     declined: tuple[tuple[str, str], ...]
     _kernel: Any
     _module: Any
+    _function: Any
     _args: tuple[Any, ...]
 
     def sampler(self) -> Sampler:
@@ -47,9 +48,13 @@ class OurKernel:
 
         return evaluator_sampler(evaluate)
 
+    def call(self) -> None:
+        """Run the kernel once."""
+        self._function(*self._args)
+
     def run(self) -> np.ndarray:
         """Return the output in logical form: NCHW, or (B, M, N)."""
-        self._module["main"](*self._args)
+        self.call()
         out = self._args[-1].numpy()
         _, _, out_shape, channels = shapes_of(self.workload)
         layout = getattr(self._kernel, "out_layout", None)
@@ -103,6 +108,7 @@ def build(workload: Workload, target: Target, seed: int = 0) -> OurKernel:
         declined=tuple(decision.declined),
         _kernel=kernel,
         _module=module,
+        _function=module["main"],
         _args=args,
     )
 

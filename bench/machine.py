@@ -100,8 +100,6 @@ def pinned(threads: int, cpus: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]
         # TVM would unpin the main thread and spread over every core.
         "TVM_BIND_THREADS": "0",
         "OMP_NUM_THREADS": str(threads),
-        # Rivals alternate on the same cores: idle threads must sleep, not spin.
-        "OMP_WAIT_POLICY": "passive",
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -172,31 +172,46 @@ def build(loop: PeakLoop, target: Target | None = None) -> Any:
     return tvm.compile(generate(loop), target=target or targets.isa_target(loop.isa))
 
 
-def measure(loop: PeakLoop, seconds: float = 0.25) -> float:
-    """Return GOP/s (two operations a MAC) of the calling core: the best of many short runs.
+class Meter:
+    """Measures one loop again and again; the best run so far stands.
+
+    A neighbour on a shared machine can slow any one stretch, so a run over many layers samples the
+    peak beside each of them.
 
     Raises
     ------
     ValueError
         When this CPU lacks the loop's ISA (running it would be SIGILL).
     """
-    if not targets.runs_here(loop.isa):
-        raise ValueError(f"loop is {loop.name!r}; allowed here: {[p.name for p in runnable()]}")
-    run = build(loop)["main"]
-    iterations, best = 1000, float("inf")
-    # A run of 0.2 ms is long against the clock and the call, short against the scheduler's tick.
-    while _timed(run, iterations) < 2e-4:
-        iterations *= 2
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, _timed(run, iterations))
-    return 2 * loop.macs * loop.accumulators * iterations / best / 1e9
+
+    def __init__(self, loop: PeakLoop) -> None:
+        if not targets.runs_here(loop.isa):
+            raise ValueError(f"loop is {loop.name!r}; allowed here: {[p.name for p in runnable()]}")
+        self.loop = loop
+        self._run = build(loop)["main"]
+        self._best = float("inf")  # seconds an iteration
+        self._iterations = 1000
+        # 0.2 ms is long against the clock and the call, short against the scheduler's tick.
+        while self._timed() < 2e-4:
+            self._iterations *= 2
+
+    def sample(self, seconds: float) -> float:
+        """Run for that long; return the best GOP/s so far (two operations a MAC, one core)."""
+        end = time.perf_counter() + seconds
+        while True:
+            self._best = min(self._best, self._timed() / self._iterations)
+            if time.perf_counter() >= end:
+                return 2 * self.loop.macs * self.loop.accumulators / self._best / 1e9
+
+    def _timed(self) -> float:
+        start = time.perf_counter()
+        self._run(self._iterations)
+        return time.perf_counter() - start
 
 
-def _timed(run: Any, iterations: int) -> float:
-    start = time.perf_counter()
-    run(iterations)
-    return time.perf_counter() - start
+def measure(loop: PeakLoop, seconds: float = 0.25) -> float:
+    """Return GOP/s of the calling core; see `Meter`."""
+    return Meter(loop).sample(seconds)
 
 
 def runnable(dtype: str | None = None) -> list[PeakLoop]:

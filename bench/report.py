@@ -12,7 +12,7 @@ from .results import LayerResult, Totals, totals
 
 CSV_COLUMNS = (
     "name", "line", "count", "macs", "strategy", "intrinsic", "min_us", "median_us", "gops",
-    "peak_gops", "peak_percent", "checked", "error",
+    "peak_gops", "peak_loop", "peak_percent", "checked", "error",
 )  # fmt: skip
 
 
@@ -24,7 +24,9 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def table(results: list[LayerResult], title: str, rivals: dict[str, str]) -> Table:
+def table(
+    results: list[LayerResult], title: str, rivals: dict[str, str], caption: str = ""
+) -> Table:
     """Return the rich table of results.
 
     Parameters
@@ -33,11 +35,14 @@ def table(results: list[LayerResult], title: str, rivals: dict[str, str]) -> Tab
         {name: title} of the rivals to show: for each its µs and its time over ours (above 1 we are
         faster).
     """
-    out = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    out = Table(
+        title=title, caption=caption or None, title_justify="left", caption_justify="left",
+        header_style="bold", pad_edge=False,
+    )  # fmt: skip
     for name in ("layer", "count"):
         out.add_column(name, justify="right" if name == "count" else "left", no_wrap=True)
     out.add_column("MMACs", justify="right", no_wrap=True)
-    out.add_column("strategy / intrinsic", overflow="fold")
+    out.add_column("strategy / intrinsic", overflow="fold", min_width=28)
     for name in ("min µs", "median µs", "GOP/s", "% peak"):
         out.add_column(name, justify="right", no_wrap=True)
     for rival in rivals.values():
@@ -116,6 +121,7 @@ def record(result: LayerResult) -> dict[str, object]:
         "median_us": ours and ours.median,
         "gops": result.gops,
         "peak_gops": result.peak_gops,
+        "peak_loop": result.peak_loop,
         "peak_percent": result.peak_percent,
         "checked": result.checked,
         "error": result.error,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp, log
 
 from .shape_lines import Shape
@@ -39,6 +39,8 @@ class LayerResult:
         None when our kernel failed; `error` then says how.
     peak_gops : float or None
         Measured peak of the cores used, for this kernel's instruction.
+    peak_loop : str
+        The loop it was measured with.
     rivals : dict of str to RivalResult
         By the rival's name.
     checked : bool
@@ -51,6 +53,7 @@ class LayerResult:
     declined: tuple[tuple[str, str], ...] = ()
     ours: Timing | None = None
     peak_gops: float | None = None
+    peak_loop: str = ""
     rivals: dict[str, RivalResult] = field(default_factory=dict)
     checked: bool = False
     error: str = ""
@@ -138,3 +141,12 @@ def totals(results: list[LayerResult]) -> Totals:
 
 
 _NONE = RivalResult(note="not asked")
+
+
+def with_best_peaks(results: list[LayerResult]) -> list[LayerResult]:
+    """Return the results with each peak at its best of the whole run."""
+    best: dict[str, float] = {}
+    for result in results:
+        if result.peak_gops:
+            best[result.peak_loop] = max(best.get(result.peak_loop, 0), result.peak_gops)
+    return [replace(r, peak_gops=best.get(r.peak_loop, r.peak_gops)) for r in results]

@@ -28,6 +28,8 @@ class Options:
     target : Target
     dtype, epilogue : str
         See `workloads.make`.
+    weight_bits : int
+        8, or 7: weights in [-64, 64], which vpmaddubsw cannot saturate on.
     threads : int
     min_time : float
         Seconds each engine is sampled a layer, over all rounds.
@@ -40,6 +42,7 @@ class Options:
     target: Target
     dtype: str = "u8s8"
     epilogue: str = ""
+    weight_bits: int = 8
     threads: int = 1
     min_time: float = 0.1
     rounds: int = 5
@@ -51,6 +54,8 @@ class Options:
             raise ValueError(f"dtype is {self.dtype!r}; allowed: {allowed}")
         if self.epilogue:
             workloads.parse_epilogue(self.epilogue)
+        if self.weight_bits not in workloads.WEIGHT_RANGES:
+            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 7, 8")
         if not self.min_time > 0:
             raise ValueError(f"min_time is {self.min_time}; allowed: seconds > 0")
         for name in ("threads", "rounds"):
@@ -79,24 +84,25 @@ def make_rivals(names: str, tvm_limit: float) -> list[Rival]:
     return [RIVALS[name](tvm_limit) for name in dict.fromkeys(chosen)]
 
 
-@cache
-def _peak(loop: peaks.PeakLoop) -> float:
-    return peaks.measure(loop)
+PEAK_SECONDS = 0.03  # beside every layer; the best of them all is what counts
 
 
-def peak_gops(options: Options, intrinsic: str) -> float | None:
-    """Return the measured peak of the cores used, for the kernel's instruction; None if unknown."""
+_meter = cache(peaks.Meter)
+
+
+def peak_of(options: Options, intrinsic: str) -> tuple[float | None, str]:
+    """Return (GOP/s, loop): the measured peak of the cores used for the kernel's instruction."""
     kind = "float32" if options.dtype == "f32" else "int8"
     loop = peaks.loop_for(targets.isa_of(options.target), kind, intrinsic)
     if loop is None or loop not in peaks.runnable():
-        return None
-    return _peak(loop) * options.threads
+        return None, ""
+    return _meter(loop).sample(PEAK_SECONDS) * options.threads, loop.name
 
 
 def run_layer(shape: Shape, options: Options, rivals: list[Rival]) -> LayerResult:
     """Measure one layer. What fails is said in the result, not raised."""
     try:
-        workload = workloads.make(shape, options.dtype, options.epilogue)
+        workload = workloads.make(shape, options.dtype, options.epilogue, options.weight_bits)
         kernel = kernels.build(workload, options.target)
     except Exception as error:
         return LayerResult(shape=shape, error=_words(error))
@@ -124,8 +130,9 @@ def run_layer(shape: Shape, options: Options, rivals: list[Rival]) -> LayerResul
     }
     if isinstance(ours, Exception):
         return LayerResult(shape=shape, error=_words(ours), rivals=others, **chosen)
+    peak, loop = peak_of(options, kernel.intrinsic)
     return LayerResult(
-        shape=shape, ours=ours, peak_gops=peak_gops(options, kernel.intrinsic), rivals=others,
+        shape=shape, ours=ours, peak_gops=peak, peak_loop=loop, rivals=others,
         checked=options.check, **chosen,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -19,6 +19,8 @@ DTYPES = {
     "f32": ("float32", "float32"),
 }
 OUTPUTS = {"u8": "uint8", "s8": "int8", "s32": "int32", "f32": "float32"}
+# Bounds of the random weights; kernels are told them, as they are told a model's.
+WEIGHT_RANGES = {7: (-64, 64), 8: (-127, 127)}
 _STEPS = ("bias", "relu", "sum")
 
 
@@ -50,7 +52,7 @@ def parse_epilogue(text: str) -> Epilogue:
     )
 
 
-def make(shape: Shape, dtype: str = "u8s8", epilogue: str = "") -> Workload:
+def make(shape: Shape, dtype: str = "u8s8", epilogue: str = "", weight_bits: int = 8) -> Workload:
     """Return the workload of a shape.
 
     Parameters
@@ -59,6 +61,9 @@ def make(shape: Shape, dtype: str = "u8s8", epilogue: str = "") -> Workload:
         A key of `DTYPES`.
     epilogue : str
         See `parse_epilogue`; empty is bias+relu+u8, and bias+relu+f32 for f32.
+
+    weight_bits : int
+        A key of `WEIGHT_RANGES`: the range of constant int8 weights.
 
     Raises
     ------
@@ -72,7 +77,10 @@ def make(shape: Shape, dtype: str = "u8s8", epilogue: str = "") -> Workload:
         if parsed.out_dtype != "float32":
             raise ValueError(f"epilogue is {epilogue!r}; allowed with dtype f32: ...+f32")
         parsed = Epilogue(**{**parsed.__dict__, "scale": False})
-    return shape.workload(*DTYPES[dtype], parsed)
+    workload = shape.workload(*DTYPES[dtype], parsed)
+    if workload.weight_range is None:
+        return workload
+    return replace(workload, weight_range=WEIGHT_RANGES[weight_bits])
 
 
 @dataclass(frozen=True)
