@@ -15,10 +15,9 @@ SYMBOLIC_EXTENT = 32  # what an unknown extent counts for when work is estimated
 
 # Calls that cost no more than arithmetic; anything else (exp, tanh, ...) is not computed twice.
 _CHEAP_CALLS = {
-    f"tirx.{name}"
-    for name in ("if_then_else", "likely", "round", "nearbyint", "floor", "ceil", "trunc", "fabs",
-                 "sqrt", "rsqrt", "shift_left", "shift_right", "bitwise_and", "q_multiply_shift",
-                 "reinterpret", "isnan", "isinf", "fma")
+    "if_then_else", "likely", "round", "nearbyint", "floor", "ceil", "trunc", "fabs", "sqrt",
+    "rsqrt", "shift_left", "shift_right", "bitwise_and", "q_multiply_shift", "reinterpret",
+    "isnan", "isinf", "fma",
 }  # fmt: skip
 
 
@@ -189,8 +188,8 @@ def _body(node: s_tir.SBlock) -> tuple[tuple, tuple, frozenset, bool]:
         stores.append(_access(store.buffer, store.indices))
 
     def on_call(call: Call) -> None:
-        name = str(call.op.name) if isinstance(call.op, Op) else "?"
-        if name == "tirx.if_then_else":
+        name = str(call.op.name).rpartition(".")[2] if isinstance(call.op, Op) else "?"
+        if name == "if_then_else":
             conditions.update(variables(call.args[0]))
         if name not in _CHEAP_CALLS:
             heavy.append(name)

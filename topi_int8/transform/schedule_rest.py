@@ -5,10 +5,10 @@ resize, float leftovers) arrives here as TVM legalized it: serial scalar loops. 
 tuning and no case for any operator by name:
 
 1. elementwise producers are inlined where that repeats no work;
-2. an elementwise block: loops that walk memory as one row are merged, the innermost is
-   vectorized, the outer ones run in parallel;
+2. an elementwise block: the innermost loop is vectorized, or loops that walk memory as one row are
+   merged into one that LLVM vectorizes; the outer ones run in parallel;
 3. a reduction: vectorized over an output axis that is contiguous in every operand (accumulating in
-   registers), else over the reduced axis itself (partial sums in vector lanes), else left scalar.
+   registers), else over the reduced axis itself (partial sums in vector lanes), else left to LLVM.
 
 A block that no step understands keeps its loops; the function says so in its attribute
 ``topi_int8.unscheduled``, which `unscheduled` reads.
@@ -29,9 +29,13 @@ UNSCHEDULED = "topi_int8.unscheduled"
 
 # A two-thread launch costs about a microsecond: as much as this many simple iterations.
 _PARALLEL_WORK = 16384
-# Iterations of the parallel loop that are enough to balance any core count we expect.
-_PARALLEL_EXTENT = 64
+# Iterations of the parallel loop that are enough to balance a few cores; more would add divisions.
+_PARALLEL_EXTENT = 16
+# Elements of a merged row: beyond this, loop overhead does not show.
+_ROW = 512
 _VECTOR_BYTES = 64
+# Reads of one element by a pooling window of stride 1 (3x3).
+_WINDOW = 9
 _MIN_LANES = 4
 # Accumulator rows of a register tile, when an operand is reused across rows.
 _TILE_ROWS = (4, 3, 2)
@@ -134,7 +138,11 @@ def _worth_inlining(sch: s_tir.Schedule, block: SBlockRV) -> bool:
         return False
     repeats = len(consumers) > 1 or consumers[0].work > info.work
     if any(consumer.reduced for consumer in consumers):
-        return not repeats  # a reduction reads its input again and again
+        # A reduction reads its input again and again; but the border test of a pooling window is
+        # cheaper than a padded copy, if it is one test a vector.
+        pads = len(consumers) == 1 and info.iters[-1].var not in info.conditions
+        few = consumers[0].work <= _WINDOW * info.work
+        return not repeats or (pads and few and not info.heavy)
     return not (info.heavy and repeats)
 
 
@@ -175,26 +183,36 @@ def _parallel(sch: s_tir.Schedule, loops: list[LoopRV], work: int) -> list[LoopR
 
 
 def _elementwise(sch: s_tir.Schedule, info: BlockInfo) -> None:
-    merged = info.mergeable()
-    tail = info.iters[-merged:]
-    loops = [it.loop for it in info.iters[:-merged]]
-    extent = 1 if all(it.extent for it in tail) else None
-    for it in tail if extent else ():
-        extent *= it.extent
-    inner = sch.fuse(*(it.loop for it in tail)) if merged > 1 else tail[0].loop
-    lanes = _lanes(extent, info.itemsize) if _vectorizable(info, tail[-1]) else 0
-    if lanes:
-        rest, vector = sch.split(inner, [None, lanes])
-        _parallel(sch, [*loops, rest], info.work)
+    lane = info.iters[-1]
+    lanes = _lanes(lane.extent, info.itemsize) if _vectorizable(info, lane) else 0
+    count = _merge_count(info)
+    # Merged and split again, the index of a row is more than TVM's simplifier sees through, and
+    # the vector becomes a gather. So: vectors inside one dimension, or one long serial row, which
+    # LLVM vectorizes (and better than it splits a vector of 14).
+    if lanes and (lanes & (lanes - 1)) == 0 and (count == 1 or lanes * info.itemsize >= 32):
+        rest, vector = sch.split(lane.loop, [None, lanes])
+        _parallel(sch, [*(it.loop for it in info.iters[:-1]), rest], info.work)
         sch.vectorize(vector)
-    else:
-        # LLVM's own loop vectorizer gets the innermost loop; parallel only around it.
-        _parallel(sch, loops or [inner], info.work)
+        return
+    outer = [it.loop for it in info.iters[:-count]]
+    tail = [it.loop for it in info.iters[-count:]]
+    inner = sch.fuse(*tail) if count > 1 else tail[0]
+    _parallel(sch, outer or [inner], info.work)
+
+
+def _merge_count(info: BlockInfo) -> int:
+    """Return how many of the last loops to merge: as few as make a row worth its overhead."""
+    length = 1
+    for count in range(1, info.mergeable() + 1):
+        length *= info.iters[-count].extent or _ROW
+        if length >= _ROW:
+            return count
+    return info.mergeable()
 
 
 def _vectorizable(info: BlockInfo, lane: Iter) -> bool:
     """Return whether vector code, not a scalarised loop, comes of vectorizing over `lane`."""
-    if lane.var in info.conditions:
+    if lane.var in info.conditions or info.heavy:  # exp and its like have no vector code in LLVM
         return False
     if any(access.stride(lane.var) != 1 for access in info.stores):
         return False
@@ -206,22 +224,17 @@ def _vectorizable(info: BlockInfo, lane: Iter) -> bool:
 
 def _reduction(sch: s_tir.Schedule, block: SBlockRV, info: BlockInfo) -> None:
     lane = info.spatial[-1] if info.spatial else None
-    spatial_lanes = 0
-    if lane is not None and _vectorizable(info, lane):
-        spatial_lanes = _lanes(lane.extent, info.itemsize)
-    contiguous = lane is not None and all(a.stride(lane.var) in (0, 1) for a in info.loads)
-    if spatial_lanes and contiguous:
-        _over_output(sch, block, info, spatial_lanes)
+    vectorizable = lane is not None and _vectorizable(info, lane)
+    if vectorizable and all(a.stride(lane.var) in (0, 1) for a in info.loads) and lane.extent != 1:
+        _over_output(sch, block, info, _lanes(lane.extent, info.itemsize))
         return
     along = _contiguous_reduced(info)
     if along is not None and len(info.stores) == 1:
         _over_reduced(sch, block, info, along)
-    elif spatial_lanes:
-        _over_output(sch, block, info, spatial_lanes)
-    else:
-        sch.reorder(*(it.loop for it in (*info.spatial, *info.reduced)))
-        _parallel(sch, [it.loop for it in info.spatial], info.work)
-        sch.decompose_reduction(block, info.reduced[0].loop)
+        return
+    sch.reorder(*(it.loop for it in (*info.spatial, *info.reduced)))
+    _parallel(sch, [it.loop for it in info.spatial], info.work)
+    sch.decompose_reduction(block, info.reduced[0].loop)
 
 
 def _contiguous_reduced(info: BlockInfo) -> Iter | None:
@@ -252,8 +265,11 @@ def _tile_rows(info: BlockInfo) -> tuple[Iter, int] | None:
 
 
 def _over_output(sch: s_tir.Schedule, block: SBlockRV, info: BlockInfo, lanes: int) -> None:
-    """Vectorize over the last output axis; the accumulators are a register tile."""
-    tile = _tile_rows(info)
+    """Vectorize over the last output axis; the accumulators are a register tile.
+
+    Without `lanes` the axis is the innermost loop, and LLVM's.
+    """
+    tile = _tile_rows(info) if lanes else None
     outer, unrolled = [], []
     for it in info.spatial[:-1]:
         if tile is not None and it is tile[0]:
@@ -262,11 +278,16 @@ def _over_output(sch: s_tir.Schedule, block: SBlockRV, info: BlockInfo, lanes: i
             unrolled.append(rows)
         else:
             outer.append(it.loop)
-    rest, vector = sch.split(info.spatial[-1].loop, [None, lanes])
-    outer.append(rest)
+    vector = info.spatial[-1].loop
+    if lanes:
+        rest, vector = sch.split(vector, [None, lanes])
+        outer.append(rest)
     reduced = [it.loop for it in info.reduced]
     sch.reorder(*outer, *reduced, *unrolled, vector)
     outer = _parallel(sch, outer, info.work)
+    if not lanes:  # a row of odd length: LLVM vectorizes it in place
+        sch.decompose_reduction(block, reduced[0])
+        return
     _accumulate_locally(sch, block, info, outer[-1])
     _split_off_init(sch, block, reduced[0], vector, unrolled)
 
