@@ -81,9 +81,11 @@ def _rival_cells(result: LayerResult, name: str) -> list[str]:
         return ["", ""]
     if rival.timing is None:
         return [_escape(rival.note), ""]
-    about = "~" if rival.note == "~" else ""
+    few = "~" if rival.note == "~" else ""
+    # oneDNN's plain loops: it has no kernel for this layer.
+    plain = " ref" if rival.note.startswith("ref") else ""
     ratio = result.speedup(name)
-    return [about + _number(rival.timing.min), about + _ratio(ratio) if ratio else ""]
+    return [few + _number(rival.timing.min) + plain, few + _ratio(ratio) if ratio else ""]
 
 
 def _total_row(sums: Totals, rivals: dict[str, str]) -> list[str]:
