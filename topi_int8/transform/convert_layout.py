@@ -1,8 +1,8 @@
 """ConvertLayout: packed activation layouts through whole regions, transforms only at their borders.
 
 Every convolution wants NCHW[c]c; everything that does not care (pooling, adds, clips, requantize,
-concat along whole blocks) follows its input. A tensor is kept in each layout somebody asked for: the first
-who asks pays the transform, and in a region of operators that follow, nobody asks.
+concat along whole blocks) follows its input. A tensor is kept in each layout somebody asked for:
+the first who asks pays the transform, and in a region of operators that follow, nobody asks.
 
 Channels that fill a block up hold no meaning. Weights there are zero, so what they hold never
 reaches a result, as long as it is finite; only operators that keep it so are followed.
@@ -10,8 +10,9 @@ reaches a result, as long as it is finite; only operators that keep it so are fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tvm
@@ -83,13 +84,33 @@ class _Converter(PyExprMutator):
 
     # ------------------------------------------------------------ bindings
 
+    def visit_seq_expr_(self, seq: relax.SeqExpr) -> relax.Expr:
+        """A branch, or an inner function, must not reuse what another one emitted."""
+        outer = self._copied_images()
+        result = super().visit_seq_expr_(seq)
+        self.images = outer
+        return result
+
+    def visit_dataflow_block_(self, block: relax.DataflowBlock) -> relax.BindingBlock:
+        """The packed tensors of a dataflow block are not seen outside it."""
+        outer = self._copied_images()
+        result = super().visit_dataflow_block_(block)
+        self.images = outer
+        return result
+
+    def _copied_images(self) -> dict[Any, Image]:
+        return {
+            expr: replace(image, values=dict(image.values)) for expr, image in self.images.items()
+        }
+
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Convert an operator that wants or follows a packed layout."""
-        call = binding.value
+        call, is_inner = binding.value, isinstance(binding.var, relax.DataflowVar)
         if isinstance(call, relax.Var) and call in self.images:
+            if not is_inner:
+                super().visit_var_binding_(binding)
             self.images[binding.var] = self.images[call]
-            if isinstance(binding.var, relax.DataflowVar):
-                return
+            return
         handler = _HANDLERS.get(_name(call))
         converted = handler(self, call) if handler else None
         if converted is None:
@@ -97,13 +118,13 @@ class _Converter(PyExprMutator):
             return
         value, image = converted
         layout = next(iter(image.values))
-        packed = self.builder_.emit(value, binding.var.name)
-        image.values[layout] = packed
+        image.values[layout] = self.builder_.emit(value, binding.var.name)
         self.images[binding.var] = image
-        if not isinstance(binding.var, relax.DataflowVar):
+        if not is_inner and self.builder_.current_block_is_dataflow():
             # Somebody outside the dataflow block reads it: it must exist there as it was.
             plain = self.builder_.emit_output(self._transform(image, image.logical))
-            self.images[binding.var] = Image(image.logical, image.channels, {image.logical: plain})
+            image.values[image.logical] = plain
+            self.set_var_remap(binding.var, plain)
 
     def visit_var_(self, var: relax.Var) -> Any:
         """An operator that does not follow reads the tensor in its own layout."""
@@ -193,8 +214,10 @@ def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
     work = op.conv2d_workload(call)
     logical = attrs["data_layout"]
     out = Layout.packed(activation_block(conv.feats, work.oc, work.is_float)).name
-    entry = not work.is_depthwise
-    data = conv.packed_operand(named["data"], logical, work.ic, entry)
+    data = conv.packed_operand(named["data"], logical, work.ic, entry=not work.is_depthwise)
+    if work.is_depthwise and data != out:
+        # Its data and output have one block; only a network's input has fewer than 16 channels.
+        data = out = data if Layout.parse(data).block >= 16 else out
     args = [conv.in_layout(named["data"], data), conv.visit_expr(named["weight"])]
     args += [conv.visit_expr(named[key]) for key in ("bias", "scale") if named[key] is not None]
     if named["residual"] is not None:
@@ -205,31 +228,48 @@ def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
 
 
 def _elementwise(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
-    """Follow the packed operand; scalars stay, other tensors must have the same shape."""
+    """Follow the packed operand; the others have its shape, are scalars, or one value a channel."""
     packed = [arg for arg in call.args if arg in conv.images and conv.images[arg].packed]
     if not packed or not _static(call):
         return None
-    leader = conv.images[packed[0]]
-    shape, layout = op.shape_of(packed[0]), leader.packed
-    args = []
-    for arg in call.args:
-        if not hasattr(arg.ty, "dtype") or not getattr(arg.ty, "ndim", 0):
-            args.append(conv.visit_expr(arg))
-        elif _static(arg) and op.shape_of(arg) == shape:
-            conv.image(arg, leader.logical, leader.channels)
-            args.append(conv.in_layout(arg, layout))
-        elif (
-            _static(arg)
-            and all(dim == 1 for dim in op.shape_of(arg))
-            and isinstance(arg, GenericConst)
-        ):
-            args.append(relax.const(arg.value.numpy().reshape(()), str(arg.ty.dtype)))
-        else:
-            return None
+    # The largest: one value a channel may be packed too (squeeze and excitation).
+    first = max(packed, key=lambda arg: math.prod(op.shape_of(arg)))
+    leader = conv.images[first]
+    shape, layout = op.shape_of(first), leader.packed
     if op.shape_of(call) != shape:
+        return None
+    per_channel = _name(call) not in _PER_TENSOR
+    args = [_beside(conv, arg, shape, leader, per_channel) for arg in call.args]
+    if any(arg is None for arg in args):
         return None
     new = relax.Call(call.op, args, call.attrs, call.ty_args)
     return new, Image(leader.logical, leader.channels, {layout: None})
+
+
+def _beside(
+    conv: _Converter, arg: Any, shape: tuple[int, ...], leader: Image, per_channel: bool
+) -> Any:
+    """Return an operand in the layout of the packed one it meets; None where that cannot be."""
+    if not hasattr(arg.ty, "dtype") or not getattr(arg.ty, "ndim", 0):
+        return conv.visit_expr(arg)
+    if not _static(arg):
+        return None
+    own, axis = op.shape_of(arg), Layout.parse(leader.logical).channel_axis
+    if isinstance(arg, GenericConst):
+        if all(dim == 1 for dim in own):
+            return relax.const(arg.value.numpy().reshape(()), str(arg.ty.dtype))
+        own = (1,) * (4 - len(own)) + own
+    elif own == shape:
+        conv.image(arg, leader.logical, leader.channels)
+        return conv.in_layout(arg, leader.packed)
+    broadcasts = all(dim in (1, full) for dim, full in zip(own, shape, strict=False))
+    if not per_channel or len(own) != 4 or not broadcasts or own[axis] != shape[axis]:
+        return None
+    if isinstance(arg, GenericConst):
+        nchw = Layout.parse(leader.logical).unpack(arg.value.numpy().reshape(own), leader.channels)
+        return relax.const(Layout.parse(leader.packed).pack(nchw), str(arg.ty.dtype))
+    conv.image(arg, leader.logical, leader.channels)
+    return conv.in_layout(arg, leader.packed)
 
 
 def _pool(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
@@ -281,6 +321,9 @@ _FOLLOW = (
     "relax.nn.gelu", "relax.astype", "relax.negative", "relax.abs", "relax.right_shift",
     "relax.left_shift",
 )  # fmt: skip
+
+# Of these, the ones that do not broadcast: quantize takes one scale, or one along its own axis.
+_PER_TENSOR = ("topi_int8.add", "topi_int8.requantize", "relax.quantize", "relax.dequantize")
 
 _HANDLERS: dict[str, Handler] = {
     "topi_int8.conv2d": _conv2d,

@@ -78,6 +78,13 @@ class _Lowering(PyExprMutator):
         self.feats = feats
         self.asked_permission = False
 
+    def visit_seq_expr_(self, seq: relax.SeqExpr) -> relax.Expr:
+        """Permission that a branch asked for is not there when another one ran."""
+        before = self.asked_permission
+        result = super().visit_seq_expr_(seq)
+        self.asked_permission = before
+        return result
+
     def visit_call_(self, call: relax.Call) -> Any:
         """Lower a call of ours; every other call stays."""
         call = super().visit_call_(call)
