@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from bench import peaks
+from tests import emulator
 from topi_int8 import target as targets
 
 IDS = [loop.name for loop in peaks.LOOPS]
@@ -106,3 +107,23 @@ def test_loop_validates_itself(field, value, what):
     good = next(loop for loop in peaks.LOOPS if loop.name == "AVX2 vpmaddwd ymm")
     with pytest.raises(ValueError, match=what):
         peaks.PeakLoop(**{**good.__dict__, field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "isa", "feature", "mnemonic"),
+    [
+        ("AMX tdpbusd", "amx_int8_avx2", "amx", "tdpbusd"),
+        ("AVX-VNNI vpdpbusd ymm", "avx_vnni", "avxvnni", "vpdpbusd"),
+    ],
+)
+def test_loop_runs_as_often_as_it_is_told(name, isa, feature, mnemonic):
+    if not targets.runs_here("avx2"):
+        pytest.skip("the SIGILL emulator needs AVX2")
+    loop = next(loop for loop in peaks.LOOPS if loop.name == name)
+    run = peaks.build(loop, targets.isa_target(isa))["main"]
+    emulator.install([feature])
+    emulator.reset()
+    run(7)
+    if feature in emulator.native_features():
+        pytest.skip(f"this CPU runs {mnemonic} itself: nothing is counted")
+    assert emulator.counts()[mnemonic] == 7 * loop.accumulators
