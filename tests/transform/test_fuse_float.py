@@ -103,3 +103,12 @@ def test_symbolic_batch_is_left() -> None:
     n = tvm.tirx.Var("n", "int64")
     mod = _module(lambda emit, x: NN.conv2d(x, _const(4, 6, 3, 3)), (n, 6, 8, 8))
     assert interpret.count(FuseFloat()(mod)) == {"relax.nn.conv2d": 1}
+
+
+def test_operators_of_tuples_are_left() -> None:
+    def build(emit, data):
+        parts = emit(relax.op.split(data, 2, axis=1))
+        left, right = (emit(relax.TupleGetItem(parts, i)) for i in range(2))
+        return relax.op.concat([emit(NN.conv2d(left, _const(4, 3, 1, 1))), right], 1)
+
+    _check(_module(build, (1, 6, 4, 4)), {"split": 1, "topi_int8.conv2d": 1, "concat": 1})

@@ -44,7 +44,7 @@ class _FloatRules:
         name = op_name(value)
         if isinstance(value, GenericConst):
             self.graph.set_array(var, value.value.numpy)
-        elif not name or not is_static(value) or str(value.ty.dtype) != "float32":
+        elif not name or not is_static(value) or str(getattr(value.ty, "dtype", "")) != "float32":
             return None
         elif name == "relax.nn.conv2d":
             return self._conv2d(var, value)
