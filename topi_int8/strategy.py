@@ -344,12 +344,13 @@ def _build_amx(work: Workload, blocks: Blocks, _feats: Features, ask: bool) -> K
         # Whole steps of 64 channels where the matrix has more than one of them.
         whole = _round_up(blocks.data, 64 if blocks.data > 64 else 4)
         fold = whole if whole != blocks.data and conv_work.groups == 1 else 0
-    rows, ow_padded = x86_amx.choose_rows(conv_work.ow)
     weight = work.weight_dtype if work.weight_zero_point == 0 else "int8"
     packing = PackedConv2d(
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
-        ow_padded=ow_padded, fold=fold, out_store=out_store,
+        fold=fold, out_store=out_store, flat=not fold and x86_amx.wants_flat(conv_work),
     )  # fmt: skip
+    rows, ow_padded = x86_amx.choose_rows(packing.columns)
+    packing = replace(packing, ow_padded=ow_padded)
     block = x86_amx.choose_block(packing, rows)
     return _kernel(work, packing, x86_amx.schedule(packing, block, ask))
 

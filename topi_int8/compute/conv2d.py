@@ -11,6 +11,11 @@ and folded into the bias, and borders are padded with zx so that it holds everyw
 an instruction that wants unsigned is read as x + 128 with zero point zx + 128: the same formula.
 Where the kernel widens to int16 first, x - zx and w - zw are formed exactly and nothing is folded.
 
+Small images. Rows of 7 pixels make short tiles that read every weight seven times. With `flat` the
+padded image (stride 1) is one long row of virtual pixels: output (y, x) is number ``y * width + x``, a
+tap is a constant offset, and the last columns of each row, which mix two rows, are computed and
+cropped. Source: oneDNN's "virtual padding" does the same for its brgemm convolutions.
+
 Groups. A group whose channels do not fill whole blocks is merged with its neighbours into the
 smallest super-group that does (all groups at the most), its weight block-diagonal: the channel
 blocks then line up and the inner loops never gather.
@@ -57,6 +62,8 @@ class PackedConv2d:
     out_store : int
         Channels of each output block that are stored (0: all of them). Less than out_block where
         the output is a plain matrix whose width is no whole number of vectors.
+    flat : bool
+        Compute the image as one row of virtual pixels (stride 1, no fold).
     """
 
     work: Conv2dWorkload
@@ -69,6 +76,7 @@ class PackedConv2d:
     ow_padded: int = 0
     fold: int = 0
     out_store: int = 0
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if self.out_block % self.lanes:
@@ -79,14 +87,16 @@ class PackedConv2d:
             raise ValueError(
                 f"fold is {self.fold}; allowed: groups 1 and >= {self.work.ic * self.work.kw}"
             )
+        if self.flat and (self.work.strides != (1, 1) or self.fold):
+            raise ValueError(f"flat is True; allowed: stride 1 and no fold, not {self.work.strides}")
         if self.ow_padded == 0:
-            object.__setattr__(self, "ow_padded", self.work.ow)
+            object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:
             object.__setattr__(self, "out_store", self.out_block)
         if self.out_store > self.out_block:
             raise ValueError(f"out_store is {self.out_store}; allowed: <= {self.out_block}")
-        if self.ow_padded < self.work.ow:
-            raise ValueError(f"ow_padded is {self.ow_padded}; allowed: >= {self.work.ow}")
+        if self.ow_padded < self.columns:
+            raise ValueError(f"ow_padded is {self.ow_padded}; allowed: >= {self.columns}")
 
     # ------------------------------------------------------------ shapes
 
@@ -137,6 +147,21 @@ class PackedConv2d:
         return (self.work.strides[0], 1) if self.fold else self.work.strides
 
     @property
+    def padded_width(self) -> int:
+        """Columns of the image with its borders."""
+        return self.work.iw + self.work.padding[1] + self.work.padding[3]
+
+    @property
+    def rows(self) -> int:
+        """Output rows of the inner loop."""
+        return 1 if self.flat else self.work.oh
+
+    @property
+    def columns(self) -> int:
+        """Output columns of the inner loop that hold results."""
+        return (self.work.oh - 1) * self.padded_width + self.work.ow if self.flat else self.work.ow
+
+    @property
     def in_blocks_per_group(self) -> int:
         """Blocks of input channels that one output channel sums over."""
         return 1 if self.fold else self.in_blocks // self.super_groups
@@ -166,14 +191,14 @@ class PackedConv2d:
     def needs_pad(self) -> bool:
         """Whether the inner loop cannot read the data where it lies."""
         w = self.work
-        return bool(
-            any(w.padding) or self.fold or self.ow_padded != w.ow or self.data_dtype != w.data_dtype
-        )
+        converts = self.data_dtype != w.data_dtype
+        return bool(any(w.padding) or self.fold or self.ow_padded != w.ow or converts)
 
     @property
     def crops(self) -> bool:
         """Whether more is computed than stored, so that a last pass copies what is wanted."""
-        return self.ow_padded != self.work.ow or self.out_store != self.out_block
+        exact = self.ow_padded == self.work.ow and self.out_store == self.out_block
+        return self.flat or not exact
 
     # ------------------------------------------------------------ numpy packers
 
@@ -290,30 +315,43 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         return tir.floordiv(ob, out_blocks_per_group) * conv.in_blocks_per_group
 
     def product(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
-        a = source[n, first_block(ob) + cb, y * sh + kh * dh, x * sw + kw * dw, ik * conv.k + kk]
+        row, column = y * sh + kh * dh, x * sw + kw * dw
+        if conv.flat:
+            row, column = y, x + kh * (dh * conv.padded_width) + kw * dw
+        a = source[n, first_block(ob) + cb, row, column, ik * conv.k + kk]
         vec, lane = tir.floordiv(o, conv.lanes), tir.floormod(o, conv.lanes)
         b = weight[ob * vectors + vec, cb, kh, kw, ik, lane, kk]
         return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[cb, kh, kw, ik, kk])
 
-    acc_shape = (w.n, conv.out_blocks, w.oh, conv.ow_padded, conv.out_block)
+    acc_shape = (w.n, conv.out_blocks, conv.rows, conv.ow_padded, conv.out_block)
     acc = te.compute(acc_shape, product, name="conv")
 
     def store(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
         # In a padded column the residual is read at the last real one: the value is cropped away.
-        rx = x if conv.ow_padded == w.ow else tir.min(x, w.ow - 1)
+        ry, rx = y, x
+        if conv.flat:
+            ry, rx = tir.floordiv(x, conv.padded_width), tir.floormod(x, conv.padded_width)
+            ry = tir.min(ry, w.oh - 1)
+        if conv.flat or conv.ow_padded != w.ow:
+            rx = tir.min(rx, w.ow - 1)
         ro = o if conv.out_store == conv.out_block else tir.min(o, conv.out_store - 1)
         return apply(
             epi,
             acc[n, ob, y, x, o],
             bias[ob, o] if bias is not None else None,
             scale[ob, o] if scale is not None else None,
-            residual[n, ob, y, rx, ro] if residual is not None else None,
+            residual[n, ob, ry, rx, ro] if residual is not None else None,
         )
 
     out = te.compute(acc_shape, store, name="out")
     if conv.crops:
         stored = out
-        out = te.compute(out_shape, lambda *index: stored[index], name="crop")
+
+        def crop(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
+            index = (0, y * conv.padded_width + x) if conv.flat else (y, x)
+            return stored[(n, ob, *index, o)]
+
+        out = te.compute(out_shape, crop, name="crop")
     return [*args, out]
 
 
@@ -321,12 +359,16 @@ def pad_stage(conv: PackedConv2d, data: Any) -> Any:
     """Return the data with borders, converted to what the inner loop reads."""
     w = conv.work
     top, left, bottom, right = w.padding
-    needed = (conv.ow_padded - 1) * w.strides[1] + (w.kw - 1) * w.dilation[1] + 1
-    height, width = w.ih + top + bottom, max(w.iw + left + right, needed)
+    needed = 0
+    if not conv.flat:
+        needed = (conv.ow_padded - 1) * w.strides[1] + (w.kw - 1) * w.dilation[1] + 1
+    height, width = w.ih + top + bottom, max(conv.padded_width, needed)
     border = 0 if conv.widens or w.is_float else conv.data_zero_point
 
     def padded(n: Any, c: Any, y: Any, x: Any, i: Any) -> Any:
         inside = []
+        if conv.flat:
+            y, x = tir.floordiv(x, width), tir.floormod(x, width)
         if conv.fold:
             # Channel i of column x holds tap i // ic of input channel i % ic.
             tap = tir.floordiv(i, w.ic)
@@ -335,7 +377,7 @@ def pad_stage(conv: PackedConv2d, data: Any) -> Any:
                 inside.append(tap < w.kw)
         if top:
             inside.append(y >= top)
-        if bottom:
+        if bottom or conv.flat:
             inside.append(y < top + w.ih)
         if left:
             inside.append(x >= left)
@@ -346,5 +388,9 @@ def pad_stage(conv: PackedConv2d, data: Any) -> Any:
             return value
         return tir.if_then_else(tir.all(*inside), value, tir.const(border, conv.data_dtype))
 
+    if conv.flat:
+        last_tap = (w.kh - 1) * w.dilation[0] * width + (w.kw - 1) * w.dilation[1]
+        shape = (w.n, conv.in_blocks, 1, conv.ow_padded + last_tap, conv.step_block)
+        return te.compute(shape, padded, name="pad")
     columns, blocks = (conv.ow_padded, 1) if conv.fold else (width, conv.in_blocks)
     return te.compute((w.n, blocks, height, columns, conv.step_block), padded, name="pad")

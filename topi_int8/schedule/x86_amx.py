@@ -16,6 +16,7 @@ from intrinsics import compat, x86_amx
 from intrinsics.compat import Schedule, tir
 
 from ..compute.conv2d import PackedConv2d, conv2d
+from ..workload import Conv2dWorkload
 from .spatial_pack import copy_stage, divisors, finish
 
 
@@ -32,6 +33,15 @@ def choose_rows(ow: int) -> tuple[int, int]:
         cost = (padded / rows) * (rows + 8) * (1.0 if padded == ow else 1.05)
         best = min(best, (cost, rows, padded))
     return best[1], best[2]
+
+
+def wants_flat(work: Conv2dWorkload) -> bool:
+    """Whether to compute the image as one row of virtual pixels.
+
+    Where an output row is a short tile (7 pixels: each weight tile loaded for 7 rows of products instead
+    of 16, and read seven times), the columns wasted between rows are the smaller loss.
+    """
+    return work.strides == (1, 1) and work.oh > 1 and work.ow <= 10
 
 
 def choose_step(channels: int) -> int:
@@ -51,7 +61,7 @@ def choose_block(conv: PackedConv2d, rows: int) -> x86_amx.AmxBlock:
     step = choose_step(conv.step_block)
     best: tuple[tuple[float, int], dict[str, int]] | None = None
     for tiles_w in divisors(conv.ow_padded // rows, 4):
-        for rows_h in divisors(w.oh, 4):
+        for rows_h in divisors(conv.rows, 4):
             for oc_tiles in divisors(conv.out_block // 16, 4):
                 for oc_blocks in divisors(per_group, 4):
                     m, n = tiles_w * rows_h, oc_tiles * oc_blocks
