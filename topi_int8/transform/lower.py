@@ -7,6 +7,7 @@ operators between them become TE that TVM's own FuseOps may merge and `ScheduleR
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -235,8 +236,13 @@ def _oihw(weight: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
 
 
 def _oihw_expr(weight: Any, attrs: dict[str, Any]) -> Any:
-    """Return a conv2d weight expression as OIHW; a matmul's as it is."""
-    layout = attrs.get("kernel_layout", "OIHW")
+    """Return a conv2d weight expression as OIHW; a matmul's with at most one batch dimension."""
+    if "kernel_layout" not in attrs:
+        *lead, rows, columns = op.shape_of(weight)
+        if len(lead) <= 1:
+            return weight
+        return relax.op.reshape(weight, (math.prod(lead), rows, columns))
+    layout = attrs["kernel_layout"]
     if layout == "OIHW":
         return weight
     return relax.op.permute_dims(weight, [layout.index(axis) for axis in "OIHW"])

@@ -1,0 +1,272 @@
+"""Raw integer Relax (no quantize, no dequantize) through `tvm.compile`: exact int32, every layout.
+
+The convolutions of one layout are the outputs of one module: one compile checks the whole grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.target import Target
+
+import topi_int8
+from tests import emulator, reference
+from tests.transform import interpret
+from topi_int8.layout import Layout
+from topi_int8.target import isa_target
+from topi_int8.transform.pipeline import integer_passes
+from topi_int8.workload import Conv2dWorkload
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One convolution; (top, left, bottom, right) padding."""
+
+    ic: int
+    oc: int
+    kernel: tuple[int, int] = (3, 3)
+    image: tuple[int, int] = (9, 11)
+    n: int = 1
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def work(self, data_dtype: str, weight_dtype: str) -> Conv2dWorkload:
+        """Return the workload of this convolution without an epilogue."""
+        return Conv2dWorkload(
+            n=self.n, ic=self.ic, ih=self.image[0], iw=self.image[1], oc=self.oc,
+            kh=self.kernel[0], kw=self.kernel[1], strides=self.strides, padding=self.padding,
+            dilation=self.dilation, groups=self.groups, data_dtype=data_dtype,
+            weight_dtype=weight_dtype,
+        )  # fmt: skip
+
+
+SHAPES = {
+    "plain": Shape(16, 32),
+    "odd_channels": Shape(17, 5, n=2),
+    "one_channel": Shape(1, 1, (2, 3), padding=(0, 0, 0, 0)),
+    "stem": Shape(3, 16, (7, 7), (21, 23), strides=(2, 2), padding=(3, 3, 3, 3)),
+    "pointwise": Shape(35, 48, (1, 1), padding=(0, 0, 0, 0)),
+    "pointwise_strided": Shape(16, 32, (1, 1), strides=(2, 3), padding=(0, 0, 0, 0)),
+    "dilated": Shape(16, 16, dilation=(2, 3), padding=(2, 3, 2, 3)),
+    "asymmetric": Shape(8, 24, (3, 2), strides=(2, 1), padding=(0, 1, 2, 3)),
+    "grouped": Shape(16, 32, groups=4),
+    "grouped_whole_blocks": Shape(64, 32, groups=2),
+    "depthwise": Shape(19, 19, strides=(2, 2), groups=19),
+    "multiplier": Shape(6, 12, groups=6),
+}
+# Blocks must divide the channels of a packed Relax convolution.
+PACKED = {
+    "plain": Shape(16, 32),
+    "batch": Shape(48, 16, n=2, strides=(2, 2)),
+    "pointwise": Shape(32, 16, (1, 1), padding=(0, 0, 0, 0)),
+    "dilated": Shape(16, 16, dilation=(2, 2), padding=(2, 2, 2, 2)),
+}
+DTYPES = [("uint8", "int8"), ("int8", "int8"), ("uint8", "uint8"), ("int8", "uint8")]
+
+
+def target_of(name: str) -> Target:
+    """Return this machine's target, or that of an instruction set, emulated where needed."""
+    if name == "host":
+        return topi_int8.host_target(num_cores=1)
+    if name.startswith("amx"):
+        emulator.install(["amx"])
+    return isa_target(name)
+
+
+def run(mod: tvm.IRModule, target: Target, *inputs: np.ndarray) -> list[np.ndarray]:
+    """Compile a module with `tvm.compile` and return the outputs of ``main``."""
+    assert topi_int8.is_enabled()
+    vm = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
+    out = vm["main"](*(tvm.runtime.tensor(x) for x in inputs))
+    return [out.numpy()] if isinstance(out, tvm.runtime.Tensor) else [t.numpy() for t in out]
+
+
+def pack_kernel(oihw: np.ndarray, layout: str) -> np.ndarray:
+    """Return an OIHW weight in a Relax kernel layout such as HWIO, OIHW16o or OIHW16i16o."""
+    if len(layout) == 4:
+        return np.ascontiguousarray(oihw.transpose(["OIHW".index(axis) for axis in layout]))
+    o, i, h, w = oihw.shape
+    inner_i = 16 if "i" in layout else 1
+    blocks = oihw.reshape(o // 16, 16, i // inner_i, inner_i, h, w).transpose(0, 2, 4, 5, 3, 1)
+    blocks = np.ascontiguousarray(blocks)
+    return blocks if inner_i > 1 else blocks[..., 0, :]
+
+
+def conv2d_module(
+    works: list[Conv2dWorkload], layout: str, kernel_layout: str, constant: bool
+) -> tuple[tvm.IRModule, list[np.ndarray], list[np.ndarray]]:
+    """Return (module of these convolutions, its inputs, its expected outputs)."""
+    bb = relax.BlockBuilder()
+    act = Layout.parse(layout)
+    params, inputs, expected, calls = [], [], [], []
+
+    def operand(array: np.ndarray, const: bool = False) -> Any:
+        if const:
+            return relax.const(array)
+        params.append(relax.Var(f"p{len(params)}", relax.TensorType(array.shape, str(array.dtype))))
+        inputs.append(array)
+        return params[-1]
+
+    for seed, work in enumerate(works):
+        ops = reference.random_operands(work, seed)
+        expected.append(act.pack(reference.conv2d(work, **ops.named())))
+        data = operand(act.pack(ops.data))
+        weight = operand(pack_kernel(ops.weight, kernel_layout), constant)
+        calls.append(
+            relax.op.nn.conv2d(
+                data, weight, strides=work.strides, padding=work.padding, dilation=work.dilation,
+                groups=work.groups, data_layout=layout, kernel_layout=kernel_layout,
+                out_dtype="int32",
+            )
+        )  # fmt: skip
+    with bb.function("main", params):
+        with bb.dataflow():
+            out = bb.emit_output(relax.Tuple([bb.emit(call) for call in calls]))
+        bb.emit_func_output(out)
+    return bb.get(), inputs, expected
+
+
+def ours(mod: tvm.IRModule, target: Target, name: str) -> int:
+    """Return how many operators ``topi_int8.<name>`` our passes make of a module."""
+    passes = tvm.transform.Sequential(integer_passes(target))
+    return interpret.count(passes(mod)).get(f"topi_int8.{name}", 0)
+
+
+def check_convs(
+    shapes: dict[str, Shape], dtypes: tuple[str, str], layouts: tuple[str, str], constant: bool,
+    target_name: str = "host",
+) -> None:  # fmt: skip
+    target = target_of(target_name)
+    works = [shape.work(*dtypes) for shape in shapes.values()]
+    mod, inputs, expected = conv2d_module(works, *layouts, constant)
+    assert ours(mod, target, "conv2d") == len(works)
+    results = run(mod, target, *inputs)
+    assert len(results) == len(works)
+    for name, got, want in zip(shapes, results, expected, strict=True):
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+@pytest.mark.parametrize("layouts", [("NCHW", "OIHW"), ("NHWC", "HWIO")], ids="-".join)
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids="-".join)
+def test_conv2d(dtypes: tuple, layouts: tuple, constant: bool) -> None:
+    check_convs(SHAPES, dtypes, layouts, constant)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[2:], ids="-".join)
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+def test_conv2d_unsigned_weights(dtypes: tuple, constant: bool) -> None:
+    few = {k: SHAPES[k] for k in ("odd_channels", "stem", "grouped", "depthwise", "pointwise")}
+    check_convs(few, dtypes, ("NCHW", "OIHW"), constant)
+
+
+@pytest.mark.parametrize("layouts", [("NHWC", "OHWI"), ("NCHW", "HWIO")], ids="-".join)
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+def test_conv2d_other_kernel_layouts(layouts: tuple, constant: bool) -> None:
+    few = {k: SHAPES[k] for k in ("odd_channels", "asymmetric", "grouped", "depthwise")}
+    check_convs(few, ("uint8", "int8"), layouts, constant)
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+@pytest.mark.parametrize("kernel_layout", ["OIHW16o", "OIHW16i16o"])
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids="-".join)
+def test_conv2d_packed(dtypes: tuple, kernel_layout: str, constant: bool) -> None:
+    check_convs(PACKED, dtypes, ("NCHW16c", kernel_layout), constant)
+
+
+@pytest.mark.parametrize("layouts", [("NCHW", "OIHW"), ("NHWC", "HWIO")], ids="-".join)
+def test_conv2d_generic(layouts: tuple) -> None:
+    check_convs(SHAPES, ("uint8", "int8"), layouts, True, "generic")
+
+
+@pytest.mark.slow_emulator
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+def test_conv2d_amx(dtypes: tuple) -> None:
+    constant = dtypes != ("int8", "int8")  # one of the four packs its weights at run time
+    few = {k: replace(SHAPES[k], image=(9, 7)) for k in ("odd_channels", "grouped", "depthwise")}
+    few["stem"] = replace(SHAPES["stem"], image=(13, 13))
+    few["pointwise"] = SHAPES["pointwise"]
+    check_convs(few, dtypes, ("NCHW", "OIHW"), constant, "amx_int8_avx2")
+
+
+# ---- matmul
+
+
+def matmul_module(
+    pairs: list[tuple[np.ndarray, np.ndarray]], constant: bool
+) -> tuple[tvm.IRModule, list[np.ndarray], list[np.ndarray]]:
+    """Return (module of ``relax.op.matmul`` of these pairs, its inputs, its expected outputs)."""
+    bb = relax.BlockBuilder()
+    params, inputs, calls = [], [], []
+
+    def operand(array: np.ndarray, const: bool) -> Any:
+        if const:
+            return relax.const(array)
+        params.append(relax.Var(f"p{len(params)}", relax.TensorType(array.shape, str(array.dtype))))
+        inputs.append(array)
+        return params[-1]
+
+    for a, b in pairs:
+        calls.append(
+            relax.op.matmul(operand(a, False), operand(b, constant), out_dtype="int32")
+        )
+    with bb.function("main", params):
+        with bb.dataflow():
+            out = bb.emit_output(relax.Tuple([bb.emit(call) for call in calls]))
+        bb.emit_func_output(out)
+    return bb.get(), inputs, [a.astype("int32") @ b.astype("int32") for a, b in pairs]
+
+
+def random_pairs(shapes: list[tuple], dtypes: tuple[str, str]) -> list[tuple]:
+    rng = np.random.default_rng(5)
+
+    def draw(shape: tuple, dtype: str) -> np.ndarray:
+        low, high = (0, 256) if dtype == "uint8" else (-128, 128)
+        return rng.integers(low, high, shape).astype(dtype)
+
+    return [(draw(a, dtypes[0]), draw(b, dtypes[1])) for a, b in shapes]
+
+
+FLAT = [((4, 32), (32, 16)), ((1, 20), (20, 10)), ((7, 33), (33, 17)), ((2, 5, 24), (24, 40))]
+BATCHED = [((3, 5, 32), (3, 32, 16)), ((2, 4, 7, 16), (2, 4, 16, 9)), ((2, 3, 5), (2, 5, 7)),
+           ((1, 6, 12), (1, 12, 8))]  # fmt: skip
+
+
+def check_matmuls(
+    shapes: list, dtypes: tuple, constant: bool, target_name: str = "host", count: int | None = None
+) -> None:
+    target = target_of(target_name)
+    mod, inputs, expected = matmul_module(random_pairs(shapes, dtypes), constant)
+    assert ours(mod, target, "matmul") == (len(shapes) if count is None else count)
+    for (a, b), got, want in zip(shapes, run(mod, target, *inputs), expected, strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=f"{a} by {b}")
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+def test_matmul(dtypes: tuple, constant: bool) -> None:
+    check_matmuls(FLAT + BATCHED, dtypes, constant)
+
+
+def test_matmul_generic() -> None:
+    check_matmuls(FLAT + BATCHED, ("int8", "int8"), False, "generic")
+
+
+@pytest.mark.slow_emulator
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+def test_matmul_amx(constant: bool) -> None:
+    check_matmuls(FLAT + BATCHED, ("uint8", "int8"), constant, "amx_int8_avx2")
+
+
+def test_matmul_of_broadcast_batches_is_left_to_tvm_and_right() -> None:
+    shapes = [((2, 3, 5, 8), (3, 8, 4)), ((5, 8), (3, 8, 4)), ((3, 5, 8), (1, 8, 4)),
+              ((8,), (8, 4)), ((3, 8), (8,))]  # fmt: skip
+    check_matmuls(shapes, ("uint8", "int8"), False, count=0)
