@@ -13,6 +13,7 @@ Template tokens of that text: ``{PF}`` the prim_func decorator, ``{block}`` the 
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tvm
@@ -42,7 +43,9 @@ def parse_prim_func(text: str) -> Any:
     if IS_RELAX:
         text = text.replace("{PF}", "@T.prim_func(s_tir=True)").replace("{block}", "T.sblock")
         text = re.sub(r"\{NSIG:\d+\}\s*", "", text)
-        return tvm.script.from_source(text, {"T": T})
+        # The parser inspects each frame of the stack, for milliseconds; a new thread has few.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(tvm.script.from_source, text, {"T": T}).result()
     text = text.replace("{PF}", "@T.prim_func").replace("{block}", "T.block")
     text = re.sub(r"\{NSIG:(\d+)\}", r"T.uint32(\1),", text)
     return tvm.script.from_source(text, {"T": T})

@@ -69,8 +69,12 @@ class AmxBlock:
             raise ValueError(f"rows is {self.rows}; allowed: 1..16")
         if self.k % 4 or not 4 <= self.k <= 64:
             raise ValueError(f"k is {self.k}; allowed: 4..64 in steps of 4")
-        if self.c_tiles + 2 > TILES:
-            raise ValueError(f"C tiles are {self.c_tiles}; allowed: at most {TILES - 2}")
+        # One operand stays loaded over a step, the other passes through one tile at least.
+        if self.c_tiles + min(self.m_tiles, self.n_tiles) + 1 > TILES:
+            raise ValueError(
+                f"C tiles are {self.m_tiles}x{self.n_tiles}; allowed: with the shorter side and "
+                f"one more at most {TILES} tiles"
+            )
 
     @property
     def m_tiles(self) -> int:
