@@ -80,10 +80,9 @@ bench: $(STAMP)
 .PHONY: onednn
 onednn: $(ONEDNN)/.installed
 
-# A venv of its own: its libraries are found by path, and none of our dependencies changes.
-$(ONEDNN)/.installed:
-	@$(find_python); $$python -m venv --clear $(ONEDNN)
-	$(ONEDNN)/bin/$(PIP_INSTALL) onednn-devel-cpu-gomp==2023.2.0
+# In a folder of its own: its libraries are found by path, and none of our dependencies changes.
+$(ONEDNN)/.installed: setup
+	$(BIN)/python -m bench.rivals.onednn
 	@touch $@
 
 .PHONY: clean distclean

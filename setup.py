@@ -26,13 +26,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["topi_int8*", "intrinsics*", "bench*"]),
-    package_data={"bench": ["shapes/*"]},
+    package_data={"bench": ["shapes/*", "rivals/*.cpp", "*.md"]},
     install_requires=[*read("_requirements")["SUPPORTED"][0].pins(), "numpy", "rich"],
     extras_require={
         # torchvision has no CPU build of its own: topi_int8/frontend/torchvision.py lets it import.
         "torch": ["torch==2.13.0", "torchvision==0.28.0"],
         "onnx": ["onnx"],
-        "bench": ["pytest", "pytest-benchmark", "matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "bench": ["pytest", "pytest-benchmark", "typer", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer"],
     },
 )
