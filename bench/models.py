@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The last BatchNorm of a residual branch, by the class of its block: drawn small, as training leaves
-# it, so that a block refines its input instead of drowning it.
+# The last BatchNorm of a residual branch, by the class of its block: drawn small, as training
+# leaves it, so that a block refines its input instead of drowning it.
 _BRANCH_END = {
     "BasicBlock": lambda block: block.bn2,
     "Bottleneck": lambda block: block.bn3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,10 @@ def from_torch(module: torch.nn.Module, example_inputs: Sequence[Any] | Any) -> 
         )
     if module.training:
         raise ValueError("module is in training mode; allowed: evaluation mode, module.eval()")
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch warns about its own use of a class it deprecates.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         program = torch.export.export(module, tuple(example_inputs))
-    return from_exported_program(program, keep_params_as_input=False, unwrap_unit_return_tuple=True)
+        return from_exported_program(
+            program, keep_params_as_input=False, unwrap_unit_return_tuple=True
+        )

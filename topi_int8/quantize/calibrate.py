@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def calibrate(
     target: tvm.target.Target | None = None,
     progress: bool = True,
 ) -> int:
-    """Run a prepared module over calibration inputs; each observer sees its tensor. Return how many.
+    """Run a prepared module over calibration inputs, observers watching; return their number.
 
     Parameters
     ----------
@@ -89,26 +89,34 @@ def calibrate(
     progress : bool
         Show a progress bar.
     """
-    names = list(watched)
-    run = _compiled(instrument(mod, names), target or host_target())
-    params = list(mod["main"].params)
     runs = 0
-    for item in _with_progress(calibration, progress):
-        outputs = run(*(_arguments(item, params, runs)))
-        for name, values in zip(names, outputs[1:], strict=True):
-            values = values.numpy()
+    outputs = run_instrumented(mod, list(watched), _with_progress(calibration, progress), target)
+    for tensors in outputs:
+        for (name, observer), values in zip(watched.items(), tensors, strict=True):
             if not np.isfinite(values).all():
                 raise ValueError(f"calibration item {runs} makes {name} infinite or NaN")
-            watched[name].update(values)
+            observer.update(values)
         runs += 1
     if runs == 0:
         raise ValueError("calibration is empty; allowed: an iterable of at least one input")
     return runs
 
 
-def _compiled(mod: tvm.IRModule, target: tvm.target.Target) -> Callable[..., Any]:
-    vm = relax.VirtualMachine(tvm.compile(mod, target=target), tvm.cpu())
-    return vm["main"]
+def run_instrumented(
+    mod: tvm.IRModule,
+    names: Sequence[str],
+    inputs: Iterable[Any],
+    target: tvm.target.Target | None = None,
+) -> Iterator[list[np.ndarray]]:
+    """Compile a module for this machine and yield the named tensors for each input.
+
+    Parameters are those of `instrument` and `calibrate`.
+    """
+    executable = tvm.compile(instrument(mod, names), target=target or host_target())
+    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+    params = list(mod["main"].params)
+    for index, item in enumerate(inputs):
+        yield [tensor.numpy() for tensor in main(*_arguments(item, params, index))[1:]]
 
 
 def _arguments(item: Any, params: Sequence[relax.Var], index: int) -> list[Any]:

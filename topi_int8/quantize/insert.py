@@ -19,8 +19,8 @@ def insert_qdq(
 ) -> tvm.IRModule:
     """Return the prepared module with its QDQ pairs.
 
-    A quantized tensor ``t`` becomes ``t_q = quantize(t)`` and ``t_dq = dequantize(t_q)``, read by all
-    its consumers. Weights are ``dequantize(int8 constant)`` per channel, biases
+    A quantized tensor ``t`` becomes ``t_q = quantize(t)`` and ``t_dq = dequantize(t_q)``, which all
+    its consumers read. Weights are ``dequantize(int8 constant)`` per channel, biases
     ``dequantize(int32 constant)`` at data scale times weight scale.
 
     Parameters

@@ -5,9 +5,9 @@ inside one.
 
 - conv2d and matmul with a constant weight want their data quantized; a matmul of two activations
   wants both (the second as symmetric int8).
-- ``conv -> bias -> (+ residual) -> relu/clip`` is one kernel: only its last tensor is quantized, and
-  the residual operand. Where both operands of an add are convolutions, the later one is fused and
-  the earlier one is stored.
+- ``conv -> bias -> (+ residual) -> relu/clip`` is one kernel: its last tensor is quantized and the
+  residual operand, nothing between. Where both operands of an add are convolutions, the later one
+  is fused and the earlier one is stored.
 - max_pool2d, concat, split, reshape and the like move integers unchanged, so their inputs and
   outputs share one scale; average pooling and a free-standing add have their own.
 - A tensor that only float operators read, or that is the result of the network, stays float32.
@@ -62,7 +62,7 @@ class Plan:
     Attributes
     ----------
     computes : conv2d and matmul by output variable
-    bias : the variable of a bias add -> (its conv2d or matmul, the bias as stored, its channel axis)
+    bias : variable of a bias add -> (its conv2d or matmul, the bias as stored, its channel axis)
     tensors : variables that get a quantize/dequantize pair, in no particular order
     group : variable -> the representative of those it shares its parameters with
     symmetric : representatives of groups that must be symmetric int8
