@@ -12,8 +12,8 @@ an instruction that wants unsigned is read as x + 128 with zero point zx + 128: 
 Where the kernel widens to int16 first, x - zx and w - zw are formed exactly and nothing is folded.
 
 Small images. Rows of 7 pixels make short tiles that read every weight seven times. With `flat` the
-padded image (stride 1) is one long row of virtual pixels: output (y, x) is number ``y * width + x``, a
-tap is a constant offset, and the last columns of each row, which mix two rows, are computed and
+padded image (stride 1) is one long row of virtual pixels: output (y, x) is number
+``y * width + x``, a tap is a constant offset, and the last columns of each row, which mix two rows, are computed and
 cropped. Source: oneDNN's "virtual padding" does the same for its brgemm convolutions.
 
 Groups. A group whose channels do not fill whole blocks is merged with its neighbours into the
@@ -88,7 +88,7 @@ class PackedConv2d:
                 f"fold is {self.fold}; allowed: groups 1 and >= {self.work.ic * self.work.kw}"
             )
         if self.flat and (self.work.strides != (1, 1) or self.fold):
-            raise ValueError(f"flat is True; allowed: stride 1 and no fold, not {self.work.strides}")
+            raise ValueError(f"flat is True; allowed: stride 1, not {self.work.strides}, and no fold")
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:
@@ -358,7 +358,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
 def pad_stage(conv: PackedConv2d, data: Any) -> Any:
     """Return the data with borders, converted to what the inner loop reads."""
     w = conv.work
-    top, left, bottom, right = w.padding
+    top, left, bottom, _ = w.padding
     needed = 0
     if not conv.flat:
         needed = (conv.ow_padded - 1) * w.strides[1] + (w.kw - 1) * w.dilation[1] + 1

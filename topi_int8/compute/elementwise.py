@@ -28,6 +28,16 @@ def _stored(value: Any, attrs: dict[str, Any]) -> Any:
     return quantize_value(value, int(attrs["out_zero_point"]), low, high, dtype)
 
 
+def quantize(data: Any, scale: float, zero_point: int, dtype: str) -> Any:
+    """Return ``clip(rint(data / scale) + zero_point)``: ONNX QuantizeLinear by scalars."""
+    low, high = DTYPE_RANGE[dtype]
+
+    def value(*i: Any) -> Any:
+        return quantize_value(data[i] / f32(float(scale)), zero_point, low, high, dtype)
+
+    return te.compute(data.shape, value, name="quantize")
+
+
 def add(a: Any, b: Any, attrs: dict[str, Any]) -> Any:
     """Return the quantized sum of two tensors of one shape (`op.add`)."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import GenericConst
+from tvm.ir import GenericConst, Op
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
@@ -23,6 +23,7 @@ from ..compute import elementwise, pack
 from ..layout import Layout
 from ..strategy import Blocks, Decision, Kernel, MatmulPacking
 from ..target import Features, features
+from ..workload import INT8_DTYPES
 from .convert_layout import ConvertLayout
 
 _OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
@@ -92,7 +93,8 @@ class _Lowering(PyExprMutator):
         for name in _LOWERED:
             if op.is_op(call, name):
                 return getattr(self, name)(call)
-        return call
+        _refuse_packed(call)
+        return self.quantize(call)
 
     # ------------------------------------------------------------ conv2d and matmul
 
@@ -198,6 +200,25 @@ class _Lowering(PyExprMutator):
             lambda a, b: elementwise.add(a, b, attrs), *call.args, primfunc_name_hint="qadd"
         )
 
+    def quantize(self, call: relax.Call) -> Any:
+        """Lower ``relax.quantize`` by scalars, half to even; return other calls as they are.
+
+        TVM's own legalization rounds half away from zero.
+        """
+        if not isinstance(call.op, Op) or call.op.name != "relax.quantize":
+            return call
+        params = [a.value.numpy() for a in call.args[1:] if isinstance(a, GenericConst)]
+        dtype, source = str(call.attrs.out_dtype), str(call.args[0].ty.dtype)
+        scalar = len(params) == 2 and all(p.size == 1 for p in params)
+        if not scalar or source != "float32" or dtype not in INT8_DTYPES:
+            return call
+        scale, zero_point = params[0].item(), int(params[1].item())
+        return self.builder_.call_te(
+            lambda x: elementwise.quantize(x, scale, zero_point, dtype),
+            call.args[0],
+            primfunc_name_hint="quantize",
+        )
+
     def requantize(self, call: relax.Call) -> Any:
         """Lower a requantize."""
         attrs = op.attrs_of(call)
@@ -224,6 +245,18 @@ class _Lowering(PyExprMutator):
             ),
             *call.args,
             primfunc_name_hint="layout_transform",
+        )
+
+
+def _refuse_packed(call: relax.Call) -> None:
+    """Raise ValueError for a packed convolution that is left: TVM has no kernel for it either."""
+    if not isinstance(call.op, Op) or call.op.name != "relax.nn.conv2d":
+        return
+    layout = str(call.attrs.data_layout)
+    if len(layout) > 4:
+        raise ValueError(
+            f"relax.nn.conv2d in {layout} has data {call.args[0].ty} and weight {call.args[1].ty}; "
+            "allowed in packed layouts: static shapes, uint8 or int8 operands, out_dtype int32"
         )
 
 
