@@ -270,3 +270,134 @@ def test_matmul_of_broadcast_batches_is_left_to_tvm_and_right() -> None:
     shapes = [((2, 3, 5, 8), (3, 8, 4)), ((5, 8), (3, 8, 4)), ((3, 5, 8), (1, 8, 4)),
               ((8,), (8, 4)), ((3, 8), (8,))]  # fmt: skip
     check_matmuls(shapes, ("uint8", "int8"), False, count=0)
+
+
+# ---- packed layouts that no kernel reads
+
+
+@pytest.mark.parametrize("block", [3, 8])
+@pytest.mark.parametrize("isa", ["host", "generic"])
+def test_conv2d_in_odd_blocks_goes_through_the_target_s_own(block: int, isa: str) -> None:
+    work = Shape(2 * block, 3 * block).work("uint8", "int8")
+    ops = reference.random_operands(work)
+    act = Layout.packed(block)
+    o, i, h, w = ops.weight.shape
+    kernel = ops.weight.reshape(o // block, block, i, h, w).transpose(0, 2, 3, 4, 1)
+    bb = relax.BlockBuilder()
+    data = act.pack(ops.data)
+    x = relax.Var("x", relax.TensorType(data.shape, "uint8"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            weight = relax.const(np.ascontiguousarray(kernel))
+            conv = bb.emit(
+                relax.op.nn.conv2d(x, weight, padding=1, data_layout=act.name,
+                                   kernel_layout=f"OIHW{block}o", out_dtype="int32")
+            )  # fmt: skip
+            pooled = bb.emit(relax.op.nn.max_pool2d(conv, (3, 3), layout=act.name))
+            both = bb.emit(relax.op.concat([conv, conv], axis=1))
+            out = bb.emit_output(relax.Tuple([pooled, both]))
+        bb.emit_func_output(out)
+    pooled, both = run(bb.get(), target_of(isa), data)
+    want = reference.conv2d(work, **ops.named())
+    np.testing.assert_array_equal(both, act.pack(np.concatenate([want, want], axis=1)))
+    windows = np.lib.stride_tricks.sliding_window_view(want, (3, 3), axis=(2, 3))
+    np.testing.assert_array_equal(pooled, act.pack(windows.max(axis=(4, 5))))
+
+
+# ---- symbolic batch: by TVM's own path, or refused
+
+
+def symbolic_module(
+    layout: str, kernel_layout: str, constant: bool
+) -> tuple[tvm.IRModule, Conv2dWorkload, np.ndarray]:
+    """Return (conv2d of a symbolic batch, its workload for batch 3, its OIHW weight)."""
+    work = Shape(16, 16, n=3, strides=(2, 1)).work("uint8", "int8")
+    ops = reference.random_operands(work)
+    bb = relax.BlockBuilder()
+    _, *rest = Layout.parse(layout).shape(3, work.ic, work.ih, work.iw)
+    kernel = pack_kernel(ops.weight, kernel_layout)
+    x = relax.Var("x", relax.TensorType((tvm.tirx.Var("n", "int64"), *rest), "uint8"))
+    w = relax.Var("w", relax.TensorType(kernel.shape, "int8"))
+    with bb.function("main", [x] if constant else [x, w]):
+        with bb.dataflow():
+            out = bb.emit_output(
+                relax.op.nn.conv2d(
+                    x, relax.const(kernel) if constant else w, padding=1, strides=work.strides,
+                    data_layout=layout, kernel_layout=kernel_layout, out_dtype="int32",
+                )
+            )  # fmt: skip
+        bb.emit_func_output(out)
+    return bb.get(), work, ops.weight
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "parameter"])
+@pytest.mark.parametrize(
+    "layouts", [("NCHW", "OIHW"), ("NHWC", "HWIO"), ("NHWC", "OHWI")], ids="-".join
+)
+def test_symbolic_batch(layouts: tuple[str, str], constant: bool) -> None:
+    mod, work, weight = symbolic_module(*layouts, constant)
+    vm = relax.VirtualMachine(tvm.compile(mod, target_of("host")), tvm.cpu())
+    act = Layout.parse(layouts[0])
+    for batch in (1, 3):
+        data = reference.random_operands(work, seed=batch).data[:batch]
+        want = act.pack(reference.conv2d(replace(work, n=batch), data, weight))
+        args = [act.pack(data)] + ([] if constant else [pack_kernel(weight, layouts[1])])
+        got = vm["main"](*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in args)).numpy()
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kernel_layout", ["OIHW16o", "OIHW16i16o"])
+def test_symbolic_batch_in_packed_layouts_is_refused(kernel_layout: str) -> None:
+    mod, _, _ = symbolic_module("NCHW16c", kernel_layout, True)
+    with pytest.raises(ValueError, match=r"conv2d in NCHW16c has data .*n, 1.*static shapes"):
+        tvm.compile(mod, target_of("host"))
+
+
+def test_symbolic_batch_of_matmul() -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.integers(-127, 128, (24, 10)).astype("int8")
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((tvm.tirx.Var("n", "int64"), 24), "uint8"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.matmul(x, relax.const(weight), out_dtype="int32"))
+        bb.emit_func_output(out)
+    vm = relax.VirtualMachine(tvm.compile(bb.get(), target_of("host")), tvm.cpu())
+    for batch in (1, 3):
+        data = rng.integers(0, 256, (batch, 24)).astype("uint8")
+        got = vm["main"](tvm.runtime.tensor(data)).numpy()
+        np.testing.assert_array_equal(got, data.astype("int32") @ weight.astype("int32"))
+
+
+def test_symbolic_batch_of_a_quantized_net() -> None:
+    rng = np.random.default_rng(1)
+    bb, nn = relax.BlockBuilder(), relax.op.nn
+
+    def weight(*shape: int) -> relax.Expr:
+        return relax.const(rng.normal(0, 0.2, shape).astype("float32"))
+
+    x = relax.Var("x", relax.TensorType((tvm.tirx.Var("n", "int64"), 3, 12, 12), "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            y = bb.emit(nn.relu(bb.emit(nn.conv2d(x, weight(8, 3, 3, 3), padding=1))))
+            z = bb.emit(nn.conv2d(y, weight(8, 8, 3, 3), padding=1))
+            z = bb.emit(nn.relu(bb.emit(relax.op.add(z, y))))
+            z = bb.emit(relax.op.mean(z, [2, 3]))
+            out = bb.emit_output(relax.op.matmul(z, weight(8, 5)))
+        bb.emit_func_output(out)
+    mod = bb.get()
+    images = rng.normal(size=(3, 3, 12, 12)).astype("float32")
+    quantized = topi_int8.quantize(mod, [images], progress=False)
+    assert interpret.count(quantized)["relax.quantize"] >= 3
+    target = target_of("host")
+    with topi_int8.disabled():
+        float_vm = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
+        stock_vm = relax.VirtualMachine(tvm.compile(quantized, target), tvm.cpu())
+    vm = relax.VirtualMachine(tvm.compile(quantized, target), tvm.cpu())
+    for batch in (1, 3):
+        data = tvm.runtime.tensor(images[:batch])
+        got, stock, want = (m["main"](data).numpy() for m in (vm, stock_vm, float_vm))
+        assert got.shape == (batch, 5)
+        np.testing.assert_allclose(got, stock, atol=1e-4 + 0.02 * np.abs(want).max())
+        noise = np.mean((got - want) ** 2)
+        assert 10 * np.log10(np.mean(want**2) / noise) > 25

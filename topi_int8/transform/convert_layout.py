@@ -31,8 +31,9 @@ from ..target import Features, features
 class Image:
     """The layouts a 4-D tensor exists in so far.
 
-    ``logical`` is the layout the graph's own operators see (NCHW or NHWC); ``values`` maps a
-    layout's name to the expression that holds the tensor so.
+    ``logical`` is the layout the graph's own operators see (NCHW, NHWC, or a packed one that no
+    kernel reads, such as NCHW3c); ``values`` maps a layout's name to the expression that holds the
+    tensor so.
     """
 
     logical: str
@@ -41,8 +42,18 @@ class Image:
 
     @property
     def packed(self) -> str | None:
-        """A packed layout the tensor exists in, or None."""
-        return next((name for name in self.values if Layout.parse(name).is_packed), None)
+        """A packed layout that kernels read and the tensor exists in, or None."""
+        return next((name for name in self.values if _is_read(name)), None)
+
+
+def _is_read(layout: str) -> bool:
+    """Return whether kernels read the layout: whole vectors of channels, or 32-bit groups."""
+    return Layout.parse(layout).block == 4 or _is_written(layout)
+
+
+def _is_written(layout: str) -> bool:
+    block = Layout.parse(layout).block
+    return block > 0 and block % 16 == 0
 
 
 def _name(call: Any) -> str:
@@ -206,13 +217,12 @@ def _static(*exprs: Any) -> bool:
 
 def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
     attrs, named = op.attrs_of(call), op.operands(call)
-    if (
-        not _static(call, named["data"], named["weight"])
-        or Layout.parse(attrs["data_layout"]).is_packed
-    ):
+    logical, out_logical = attrs["data_layout"], attrs["out_layout"]
+    if not _static(call, named["data"], named["weight"]):
+        return None
+    if _is_read(logical) and _is_written(out_logical):
         return None
     work = op.conv2d_workload(call)
-    logical = attrs["data_layout"]
     out = Layout.packed(activation_block(conv.feats, work.oc, work.is_float)).name
     data = conv.packed_operand(named["data"], logical, work.ic, entry=not work.is_depthwise)
     if work.is_depthwise and data != out:
@@ -221,10 +231,10 @@ def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
     args = [conv.in_layout(named["data"], data), conv.visit_expr(named["weight"])]
     args += [conv.visit_expr(named[key]) for key in ("bias", "scale") if named[key] is not None]
     if named["residual"] is not None:
-        conv.image(named["residual"], logical, work.oc)
+        conv.image(named["residual"], out_logical, work.oc)
         args.append(conv.in_layout(named["residual"], out))
     new = op.rebuild(call, args, data_layout=data, out_layout=out)
-    return new, Image(logical, work.oc, {out: None})
+    return new, Image(out_logical, work.oc, {out: None})
 
 
 def _elementwise(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
@@ -302,7 +312,7 @@ def _concat(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
     if not parts or any(image is None or not image.packed for image in images) or not _static(call):
         return None
     first = images[0]
-    axis = int(call.attrs.axis) % 4
+    axis = int(call.attrs.axis) % len(call.ty.shape)
     block = Layout.parse(first.packed).block
     same = all(i.packed == first.packed and i.logical == first.logical for i in images)
     whole = all(image.channels % block == 0 for image in images[:-1])
