@@ -7,7 +7,7 @@ as flat attributes; `epilogue_of` and `workload_of` read them back.
 | op | args | meaning |
 |---|---|---|
 | conv2d | data, weight, [bias], [scale], [residual] | `workload.Conv2dWorkload` |
-| matmul | data, weight, [bias], [scale], [residual] | `workload.MatmulWorkload`; dense: weight (N, K) |
+| matmul | data, weight, [bias], [scale], [residual] | `MatmulWorkload`; dense: weight (N, K) |
 | add | a, b | clip(rint((a-za)*sa + (b-zb)*sb) + zo) |
 | avg_pool2d | data | clip(rint(mean(data - zi) * scale) + zo); like relax.nn.avg_pool2d |
 | requantize | data | clip(rint((data - zi) * scale) + zo) |

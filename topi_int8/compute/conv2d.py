@@ -13,8 +13,9 @@ Where the kernel widens to int16 first, x - zx and w - zw are formed exactly and
 
 Small images. Rows of 7 pixels make short tiles that read every weight seven times. With `flat` the
 padded image (stride 1) is one long row of virtual pixels: output (y, x) is number
-``y * width + x``, a tap is a constant offset, and the last columns of each row, which mix two rows, are computed and
-cropped. Source: oneDNN's "virtual padding" does the same for its brgemm convolutions.
+``y * width + x``, a tap is a constant offset, and the last columns of each row, which mix two rows,
+are computed and cropped. Source: oneDNN's "virtual padding" does the same for its brgemm
+convolutions.
 
 Groups. A group whose channels do not fill whole blocks is merged with its neighbours into the
 smallest super-group that does (all groups at the most), its weight block-diagonal: the channel
@@ -88,7 +89,7 @@ class PackedConv2d:
                 f"fold is {self.fold}; allowed: groups 1 and >= {self.work.ic * self.work.kw}"
             )
         if self.flat and (self.work.strides != (1, 1) or self.fold):
-            raise ValueError(f"flat is True; allowed: stride 1, not {self.work.strides}, and no fold")
+            raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), without fold")
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:

@@ -12,7 +12,7 @@ from intrinsics import compat
 from intrinsics.compat import Schedule
 
 from ..compute.depthwise import PackedDepthwise, depthwise
-from .spatial_pack import copy_stage, divisors, finish, zero_in_vectors
+from .spatial_pack import copy_stage, divisors, finish, parallel_tasks, zero_in_vectors
 
 
 def schedule(conv: PackedDepthwise, lanes: int, registers: int) -> Any:
@@ -37,7 +37,7 @@ def schedule(conv: PackedDepthwise, lanes: int, registers: int) -> Any:
     co, ci = sch.split(c, [None, lanes])
     sch.reorder(n, cb, oh, co, owo, owi, ci)
     # 2. Threads share out batch, blocks and rows.
-    sch.parallel(sch.fuse(n, cb, oh))
+    parallel_tasks(sch, [n, cb], oh)
     # 3. The strip's accumulators live over all taps.
     sch.compute_at(acc, owo, preserve_unit_loops=True)
     an, acb, ay, ax, ac, kh, kw = sch.get_loops(acc)[-7:]

@@ -127,8 +127,7 @@ def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
     sch.reorder(n, obo, voo, oho, owo, obi, ohi, owi, voi, lanes)
 
     # 2. Threads share out batch, channels and rows.
-    outer = sch.fuse(n, obo, voo, oho)
-    sch.parallel(outer)
+    parallel_tasks(sch, [n, obo, voo], oho)
 
     # 3. The accumulators live at one tile.
     sch.compute_at(acc, owo, preserve_unit_loops=True)
@@ -158,6 +157,26 @@ def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
     return finish(sch)
 
 
+# Parallel tasks of a kernel: four for each of eight cores. A task costs about 0.1 us (its scratch
+# buffer, on AMX also its tile configuration), a task a row would cost a 1x1 layer half its time.
+TASKS = 32
+
+
+def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:
+    """Run the nest `loops` + `rows` in parallel, in no more tasks than it takes to share it out.
+
+    The rows stay serial inside a task as far as at least `TASKS` tasks remain.
+    """
+    outer = 1
+    for loop in loops:
+        outer *= int(sch.get(loop).extent)
+    extent = int(sch.get(rows).extent)
+    serial = [d for d in divisors(extent, extent) if d == 1 or outer * extent // d >= TASKS]
+    whole = max(serial)
+    task, _ = sch.split(rows, [None, whole])
+    sch.parallel(sch.fuse(*loops, task))
+
+
 def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
     """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled.
     """
@@ -170,11 +189,11 @@ def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
 def copy_stage(sch: Any, block: Any) -> None:
     """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64.
     """
-    *rows, column, channel = sch.get_loops(block)
+    *blocks, row, _, channel = sch.get_loops(block)
     width = max(divisors(int(sch.get(channel).extent), 64))
     _, vector = sch.split(channel, [None, width])
     sch.vectorize(vector)
-    sch.parallel(sch.fuse(*rows) if rows else column)
+    parallel_tasks(sch, blocks, row)
 
 
 def finish(sch: Any) -> Any:

@@ -17,7 +17,7 @@ from intrinsics.compat import Schedule, tir
 
 from ..compute.conv2d import PackedConv2d, conv2d
 from ..workload import Conv2dWorkload
-from .spatial_pack import copy_stage, divisors, finish
+from .spatial_pack import copy_stage, divisors, finish, parallel_tasks
 
 
 def choose_rows(ow: int) -> tuple[int, int]:
@@ -38,8 +38,8 @@ def choose_rows(ow: int) -> tuple[int, int]:
 def wants_flat(work: Conv2dWorkload) -> bool:
     """Whether to compute the image as one row of virtual pixels.
 
-    Where an output row is a short tile (7 pixels: each weight tile loaded for 7 rows of products instead
-    of 16, and read seven times), the columns wasted between rows are the smaller loss.
+    Where an output row is a short tile (7 pixels: each weight tile loaded for 7 rows of products
+    instead of 16, and read seven times), the columns wasted between rows are the smaller loss.
     """
     return work.strides == (1, 1) and work.oh > 1 and work.ow <= 10
 
@@ -56,7 +56,6 @@ def choose_block(conv: PackedConv2d, rows: int) -> x86_amx.AmxBlock:
 
     With m x n C tiles a step loads m + n tiles for m * n products, so the squarer the better.
     """
-    w = conv.work
     per_group = conv.out_blocks // conv.super_groups
     step = choose_step(conv.step_block)
     best: tuple[tuple[float, int], dict[str, int]] | None = None
@@ -108,7 +107,7 @@ def schedule(conv: PackedConv2d, block: x86_amx.AmxBlock, ask_permission: bool) 
     sch.reorder(n, obo, oo, oho, owo, obi, ohi, owi, oi)
 
     # 2. Threads share out batch, channels and rows.
-    sch.parallel(sch.fuse(n, obo, oo, oho))
+    parallel_tasks(sch, [n, obo, oo], oho)
 
     # 3. C lives in tile registers over the reduction and is stored to a small buffer once.
     sch.compute_at(acc, owo, preserve_unit_loops=True)
