@@ -14,8 +14,8 @@ The arithmetic they stand for (``Z`` the integers, all sums exact in int32)::
 
 where ``r = (residual - residual_zero_point) * residual_scale`` when a residual is added, rint
 rounds half to even, and clip saturates to ``[clip_min, clip_max]`` inside the range of
-``out_dtype``. Borders are padded with ``data_zero_point`` (a real zero). A float32 workload has neither zero
-points nor scale; its bias is float32.
+``out_dtype``. Borders are padded with ``data_zero_point`` (a real zero). A float32 workload has
+neither zero points nor scale; its bias is float32.
 """
 
 from __future__ import annotations

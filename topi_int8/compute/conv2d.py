@@ -89,7 +89,7 @@ class PackedConv2d:
                 f"fold is {self.fold}; allowed: groups 1 and >= {self.work.ic * self.work.kw}"
             )
         if self.flat and (self.work.strides != (1, 1) or self.fold):
-            raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), without fold")
+            raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), no fold")
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:
