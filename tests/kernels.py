@@ -255,6 +255,8 @@ class Assembly:
                 blocks.append([])
             elif text and not text.startswith("."):
                 blocks[-1].append(re.sub(r"\s+", " ", text))
+                if re.match(r"j[a-z]+\s|ret", text):
+                    blocks.append([])
         return Assembly(tuple(tuple(block) for block in blocks if block))
 
     @property
@@ -271,12 +273,13 @@ class Assembly:
         return [line for line in self.lines if re.search(pattern, line)]
 
     def spills(self, mnemonic: str) -> list[str]:
-        """Return the vector stores in the basic block that has most of these instructions.
+        """Return the vector stores in the loop body that has most of these instructions.
 
         Accumulators live in registers over the whole reduction: its body stores nothing.
         """
-        body = max(self.blocks, key=lambda block: sum(mnemonic in line for line in block))
-        assert any(mnemonic in line for line in body), f"there is no {mnemonic}"
+        loops = [block for block in self.blocks if block[-1].startswith("j")]
+        body = max(loops, key=lambda block: sum(mnemonic in line for line in block))
+        assert any(mnemonic in line for line in body), f"there is no {mnemonic} in a loop"
         return [line for line in body if re.search(r"%[xyz]mm\d+, [^%]*\(", line)]
 
 

@@ -1,0 +1,181 @@
+"""spatial_pack.py: the broadcast-dot kernels, bit-exact on each ISA over the grid; their assembly;
+and what the choice of a register tile promises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from intrinsics.x86_dot import DOT_INTRINSICS
+from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, FLOATS, MATMULS, SHAPES
+from tests.kernels import Assembly, build, check, check_instructions, decide
+from topi_int8.schedule import spatial_pack
+from topi_int8.schedule.spatial_pack import Tile, choose_tile, divisors
+from topi_int8.workload import Conv2dWorkload
+
+ISAS = ("generic", "avx2", "avx_vnni", "avx512_bw", "avx512_vnni")
+each_isa = pytest.mark.parametrize("isa", ISAS)
+# Weights that the 7-bit rows accept.
+SEVEN_BITS = {"weight_range": (-64, 64)}
+
+
+# ---- bit-exact on each ISA
+
+
+@each_isa
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name, isa):
+    built = check(SHAPES[name], isa)
+    assert built.decision.strategy == f"conv2d_nchwc_{isa}"
+
+
+@each_isa
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtypes(name, isa):
+    """Full ranges at their extremes: 255 * -128 in every lane."""
+    check(DTYPES[name], isa, extreme=True)
+
+
+@each_isa
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_epilogues(name, isa):
+    base = list(EPILOGUE_BASES.values())[list(EPILOGUES).index(name) % len(EPILOGUE_BASES)]
+    check(base.with_epilogue(EPILOGUES[name]), isa)
+
+
+@each_isa
+@pytest.mark.parametrize("name", MATMULS)
+def test_matmuls(name, isa):
+    check(MATMULS[name], isa)
+
+
+@each_isa
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats(name, isa):
+    built = check(FLOATS[name], isa)
+    assert built.decision.strategy.endswith("_float32")
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bw"])
+@pytest.mark.parametrize("name", ["ic3_oc65", "aligned", "stem_7x7", "prime_37", "groups_16"])
+def test_seven_bit_rows(name, isa):
+    """The largest weights that are proven safe, against data at both ends of its range."""
+    built = check(replace(SHAPES[name], **SEVEN_BITS), isa, extreme=True)
+    assert built.decision.strategy == f"conv2d_nchwc_{isa}_7bit"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bw"])
+def test_seven_bit_signed_data(isa):
+    built = check(replace(DTYPES["s8s8"], **SEVEN_BITS), isa, extreme=True)
+    assert built.decision.strategy == f"conv2d_nchwc_{isa}_7bit"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bw"])
+def test_full_range_weights_do_not_saturate(isa):
+    """What TVM's own pre-VNNI kernels get wrong: vpmaddubsw at 255 * 127 * 2."""
+    built = check(replace(DTYPES["u8s8"], weight_range=(-128, 127)), isa, extreme=True)
+    assert built.decision.strategy == f"conv2d_nchwc_{isa}"
+
+
+# ---- assembly, on every machine
+
+CONV = Conv2dWorkload(1, 64, 14, 14, 64, 3, 3, padding=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("dot", DOT_INTRINSICS.values(), ids=DOT_INTRINSICS.keys())
+@pytest.mark.parametrize("name", ["conv", "tail", "1x1", "epilogue"])
+def test_instructions(name, dot):
+    if dot.n == 8 and dot.isa == "avx512_vnni":
+        pytest.skip("the table prefers 512 bits on avx512_vnni: no kernel has the 256-bit row")
+    work = {
+        "conv": CONV,
+        "tail": SHAPES["ic17_oc33"],
+        "1x1": SHAPES["prime_31"],
+        "epilogue": EPILOGUE_BASES["conv"].with_epilogue(EPILOGUES["u8_residual_s8"]),
+    }[name]
+    work = work if dot.exact else replace(work, **SEVEN_BITS)
+    built = build(work, dot.isa)
+    assert built.decision.intrinsic == dot.name
+    check_instructions(built, dot.isa, dot.mnemonic, "zmm" if dot.bits == 512 else "ymm")
+    if name == "conv":  # short reductions are unrolled whole, their stores with them
+        spills = Assembly.of(built.library).spills(dot.mnemonic)
+        if spills and dot.name == "dot_1x8x4_u8s8s32_avx2":
+            pytest.xfail(f"LLVM unrolls 12 steps, reassociates their sums: {len(spills)} spills")
+        assert not spills
+
+
+@each_isa
+@pytest.mark.parametrize("name", ["conv", "matmul"])
+def test_float_instructions(name, isa):
+    product, register = {
+        "generic": ("mulps", "xmm"),
+        "avx2": ("vfmadd", "ymm"),
+        "avx_vnni": ("vfmadd", "ymm"),
+    }.get(isa, ("vfmadd", "zmm"))
+    floats = {"data_dtype": "float32", "weight_dtype": "float32"}
+    conv = replace(CONV, **floats, epilogue=EPILOGUES["float32_bare"])
+    built = build(conv if name == "conv" else FLOATS[name], isa)
+    check_instructions(built, isa, product, register)
+    if name == "conv":
+        assert not Assembly.of(built.library).spills(product)
+
+
+def test_generic_instructions():
+    check_instructions(build(CONV, "generic"), "generic", "pmaddwd", "xmm")
+
+
+# ---- choosing a register tile
+
+tiles = st.tuples(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(1, 16),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([16, 32]),
+    st.integers(1, 4),
+)
+
+
+@given(tiles)
+def test_tile_fits_and_covers(arguments):
+    oh, ow, out_blocks, vectors, registers, uops = arguments
+    tile, padded = choose_tile(oh, ow, out_blocks, vectors, registers, uops)
+    assert oh % tile.height == 0
+    assert padded % tile.width == 0 and ow <= padded < ow + tile.width
+    assert out_blocks % tile.blocks == 0 and vectors % tile.vectors == 0
+    assert tile.blocks == 1 or tile.vectors == vectors
+    # The weights and a broadcast need registers beside the accumulators.
+    weights = tile.blocks * tile.vectors
+    assert tile.accumulators == tile.pixels * weights
+    assert tile.accumulators + weights + 1 <= registers
+
+
+@given(tiles)
+def test_large_images_fill_the_registers(arguments):
+    """Latency 5 at two a cycle wants 10 accumulators: any image of 16 pixels offers them."""
+    _, _, out_blocks, vectors, registers, uops = arguments
+    tile, padded = choose_tile(16, 112, out_blocks, vectors, registers, uops)
+    assert tile.accumulators >= 10
+    assert padded <= 112 * 1.1
+
+
+def test_divisors():
+    assert divisors(12, 4) == [1, 2, 3, 4]
+    assert divisors(12, 100) == [1, 2, 3, 4, 6, 12]
+    assert divisors(7, 6) == [1]
+
+
+def test_tile_counts():
+    tile = Tile(2, 7, 1, 2)
+    assert (tile.pixels, tile.accumulators) == (14, 28)
+
+
+def test_kernels_are_marked_as_scheduled():
+    """So that no later pass schedules them again."""
+    func = decide(CONV, "avx2").kernel().func
+    assert func.attrs[spatial_pack.compat.SCHEDULED_ATTR]
+    assert func.attrs[spatial_pack.compat.NOALIAS_ATTR]

@@ -1,0 +1,172 @@
+"""x86_amx.py: convolutions and matmuls on tiles, bit-exact over the grid; their assembly; and what
+the choices of rows, steps and blocks promise.
+
+On a CPU without AMX the tiles are emulated, and the rest of the kernel is AVX2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from intrinsics.x86_amx import TILES
+from tests.emulator import counts, native_features, reset
+from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
+from tests.kernels import Assembly, build, check, check_instructions, decide
+from topi_int8.schedule.x86_amx import choose_block, choose_rows, choose_step, uses_tiles
+from topi_int8.strategy import Blocks
+from topi_int8.target import runs_here
+from topi_int8.workload import Conv2dWorkload
+
+ISA = "amx_int8" if runs_here("amx_int8") else "amx_int8_avx2"
+# Weights that no tile takes: their difference to the zero point may not fit int8.
+UNPROVEN = {name for name in DTYPES if "weight_zero_point" in name or name == "u8u8_grouped"}
+
+
+# ---- bit-exact
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    built = check(SHAPES[name], ISA)
+    assert built.decision.strategy == "conv2d_nchwc_amx_int8"
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtypes(name):
+    built = check(DTYPES[name], ISA, extreme=True)
+    assert ("amx" in built.decision.strategy) == (name not in UNPROVEN)
+
+
+@pytest.mark.parametrize("name", EPILOGUES)
+@pytest.mark.parametrize("base", EPILOGUE_BASES)
+def test_epilogues(base, name):
+    at = list(EPILOGUES).index(name) + list(EPILOGUE_BASES).index(base)
+    if at % 2:  # each epilogue meets one or two of the three
+        check(EPILOGUE_BASES[base].with_epilogue(EPILOGUES[name]), ISA)
+    else:
+        work = EPILOGUE_BASES[base].with_epilogue(EPILOGUES[name])
+        assert decide(work, ISA).strategy == "conv2d_nchwc_amx_int8"
+
+
+@pytest.mark.parametrize("name", MATMULS)
+def test_matmuls(name):
+    built = check(MATMULS[name], ISA)
+    assert ("amx" in built.decision.strategy) == (name not in ("u8u8", "batch_k_5", "batch_k_6"))
+
+
+@pytest.mark.parametrize(
+    ("data", "out"), [(16, 64), (32, 16), (48, 48), (64, 32), (4, 128), (8, 16), (20, 80)]
+)
+def test_blocks_that_a_neighbour_chose(data, out):
+    """ConvertLayout may hand over any block of data, and ask for any of output."""
+    channels = min(data, 3) if data == 4 else 2 * data - 3
+    work = replace(EPILOGUE_BASES["conv"], ic=channels, oc=2 * out - 5)
+    work = work.with_epilogue(EPILOGUES["u8_residual_u8"])
+    built = check(work, ISA, blocks=Blocks(data, out))
+    assert built.kernel.data_layout.block == data and built.kernel.out_layout.block == out
+
+
+def test_work_is_done_by_tiles():
+    work = Conv2dWorkload(1, 64, 16, 16, 64, 3, 3, padding=(1, 1, 1, 1))
+    reset()
+    check(work, ISA)
+    if "amx" not in native_features():
+        found = counts()
+        full = 16 * 64 * 16
+        assert found["tdpbusd"] == work.macs / full
+        # 2x2 tiles: as many loads as products
+        assert found["tileloadd"] == found["tdpbusd"]
+        assert found["ldtilecfg"] == found["tilerelease"]
+
+
+# ---- assembly, on every machine
+
+CONV = Conv2dWorkload(1, 64, 14, 14, 64, 3, 3, padding=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("isa", ["amx_int8", "amx_int8_avx2"])
+@pytest.mark.parametrize(
+    ("name", "mnemonic"), [("u8s8", "tdpbusd"), ("s8s8", "tdpbssd"), ("u8u8", "tdpbuud")]
+)
+def test_instructions(name, mnemonic, isa):
+    work = replace(DTYPES[name], iw=33, epilogue=EPILOGUES["u8_residual_u8"])
+    built = build(work, isa)
+    check_instructions(built, isa, mnemonic, "tmm")
+    assembly = Assembly.of(built.library)
+    # The epilogue works in the widest vectors.
+    register = "zmm" if isa == "amx_int8" else "ymm"
+    assert assembly.matching(rf"^vmaxps .*%{register}")
+    assert len(assembly.matching("syscall")) == 1
+
+
+def test_permission_is_asked_for_when_wanted():
+    decision = decide(CONV, "amx_int8")
+    asking, silent = (str(decision.kernel(ask_permission=ask).func) for ask in (True, False))
+    assert asking.count('"syscall"') == 1
+    assert '"syscall"' not in silent
+    assert uses_tiles(decision.kernel().func.body)
+    assert not uses_tiles(decide(CONV, "avx2").kernel().func.body)
+
+
+def test_four_products_need_four_loads():
+    """2x2 tiles of 64 channels, all eight registers; nothing is gathered or copied in the loop."""
+    assembly = Assembly.of(build(CONV, "amx_int8").library)
+    body = max(assembly.blocks, key=lambda block: sum("tdpbusd" in line for line in block))
+    products = sum("tdpbusd" in line for line in body)
+    assert products % 4 == 0
+    assert sum("tileloadd" in line for line in body) == products
+    assert not assembly.spills("tdpbusd")
+
+
+# ---- choosing rows, steps and blocks
+
+
+@given(st.integers(1, 400))
+def test_rows_cover_the_row(columns):
+    rows, padded = choose_rows(columns)
+    assert 1 <= rows <= 16
+    assert padded % rows == 0 and columns <= padded < columns + rows
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows"), [(7, 7), (14, 14), (28, 14), (56, 14), (112, 16), (49, 13), (1, 1)]
+)
+def test_rows_of_resnet(columns, rows):
+    """Known from measurements: 49 pixels are four tiles of 13 rather than of 16."""
+    assert choose_rows(columns)[0] == rows
+
+
+@given(st.integers(1, 128))
+def test_step_divides_the_channels(quarter):
+    channels = 4 * quarter
+    step = choose_step(channels)
+    assert channels % step == 0 and step % 4 == 0 and 4 <= step <= 64
+    assert step == min(channels, 64) or channels % 64
+
+
+@st.composite
+def convolutions(draw) -> Conv2dWorkload:
+    return Conv2dWorkload(
+        1, draw(st.integers(1, 200)), draw(st.integers(1, 40)), draw(st.integers(1, 40)),
+        draw(st.integers(1, 300)), 3, 3, padding=(1, 1, 1, 1),
+        strides=draw(st.sampled_from([(1, 1), (2, 2), (2, 1)])),
+    )  # fmt: skip
+
+
+@given(convolutions())
+def test_block_fits_the_registers_and_divides_the_shape(work):
+    packing = decide(work, "amx_int8").kernel().packing
+    rows, padded = choose_rows(packing.columns)
+    assert packing.ow_padded == padded
+    block = choose_block(packing, rows)
+    assert block.c_tiles + min(block.m_tiles, block.n_tiles) + 1 <= TILES
+    assert padded % (block.tiles_w * block.rows) == 0
+    assert packing.rows % block.rows_h == 0
+    assert packing.out_block % (block.oc_tiles * 16) == 0
+    assert packing.out_blocks % block.oc_blocks == 0
+    assert packing.step_block % block.k == 0
+    assert (block.stride_h, block.stride_w) == packing.step_strides
