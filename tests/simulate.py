@@ -2,7 +2,8 @@
 
 It runs an fp32 or a QDQ graph exactly as written, operator by operator: QDQ stays float arithmetic
 between quantize (divide, round half to even, add, saturate) and dequantize. It shares no code with
-TVM's lowering nor with ours. An operator it does not know is an error, never a guess.
+TVM's lowering nor with ours. The integer operators that FuseQDQ makes are run by tests.reference.
+An operator it does not know is an error, never a guess.
 
 >>> simulate(mod, x)                  # the output
 >>> simulate(mod, x, trace=True)[1]   # and every tensor by variable name
@@ -10,7 +11,7 @@ TVM's lowering nor with ours. An operator it does not know is an error, never a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,26 @@ import torch.nn.functional as F
 import tvm
 from tvm import ir, relax, tirx
 
+from tests import reference
+from topi_int8 import op
 from topi_int8.workload import DTYPE_RANGE
 
 
 def simulate(
-    mod: tvm.IRModule, *inputs: np.ndarray, trace: bool = False, func_name: str = "main"
+    mod: tvm.IRModule,
+    *inputs: np.ndarray,
+    trace: bool = False,
+    forced: Mapping[str, np.ndarray] | None = None,
 ) -> Any:
-    """Return what a function computes, as numpy (a tuple for several outputs).
+    """Return what ``main`` computes, as numpy (a tuple for several outputs).
 
-    With ``trace``, return (output, {variable name: value}).
+    With ``trace``, return (output, {variable name: value}). Variables named in ``forced`` are
+    computed and traced, but what comes after them reads the forced value: so each step can be held
+    against a system under test on that system's own inputs.
     """
-    func = mod[func_name]
+    func = mod["main"]
+    forced = forced or {}
+    computed: dict[str, Any] = {}
     env: dict[relax.Var, Any] = {
         param: torch.from_numpy(np.ascontiguousarray(x))
         for param, x in zip(func.params, inputs, strict=True)
@@ -37,11 +47,14 @@ def simulate(
     with torch.no_grad():
         for block in func.body.blocks:
             for binding in block.bindings:
-                env[binding.var] = _evaluate(binding.value, env)
+                var = binding.var
+                env[var] = computed[var.name] = _evaluate(binding.value, env)
+                if var.name in forced:
+                    env[var] = torch.from_numpy(forced[var.name])
     result = _to_numpy(_evaluate(func.body.body, env))
     if not trace:
         return result
-    return result, {var.name: _to_numpy(value) for var, value in env.items()}
+    return result, {name: _to_numpy(value) for name, value in computed.items()}
 
 
 def _to_numpy(value: Any) -> Any:
@@ -154,6 +167,32 @@ def _elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return lambda _call, *args: function(*args)
 
 
+def _fused(function: Callable[..., np.ndarray], workload_of: Callable) -> Callable[..., Any]:
+    """Return how to run a topi_int8 conv2d or matmul: by the reference, on its workload."""
+
+    def run(call: relax.Call, *args: torch.Tensor) -> torch.Tensor:
+        attrs = op.attrs_of(call)
+        plain = attrs.get("data_layout", "NCHW"), attrs.get("kernel_layout", "OIHW")
+        assert plain == ("NCHW", "OIHW"), "simulate: NCHW, OIHW only"
+        present = [name for name, arg in op.operands(call).items() if arg is not None]
+        arrays = {name: x.numpy() for name, x in zip(present, args, strict=True)}
+        for name in {"bias", "scale"} & set(present):
+            arrays[name] = arrays[name].reshape(-1)
+        return torch.from_numpy(function(workload_of(call), **arrays))
+
+    return run
+
+
+def _plain(function: Callable[..., np.ndarray], *drop: str) -> Callable[..., Any]:
+    """Return how to run another topi_int8 operator: by the reference, on its attributes."""
+
+    def run(call: relax.Call, *args: torch.Tensor) -> torch.Tensor:
+        attrs = {k: v for k, v in op.attrs_of(call).items() if k not in drop}
+        return torch.from_numpy(function(*(x.numpy() for x in args), **attrs))
+
+    return run
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "relax.nn.conv2d": _conv2d,
     "relax.matmul": _elementwise(torch.matmul),
@@ -183,5 +222,10 @@ OPS: dict[str, Callable[..., Any]] = {
     "relax.permute_dims": lambda call, x: x.permute(_ints(call.attrs.axes)),
     "relax.concat": lambda call, xs: torch.cat(xs, int(call.attrs.axis)),
     "relax.split": _split,
+    "topi_int8.conv2d": _fused(reference.conv2d, op.conv2d_workload),
+    "topi_int8.matmul": _fused(reference.matmul, op.matmul_workload),
+    "topi_int8.add": _plain(reference.add),
+    "topi_int8.requantize": _plain(reference.requantize),
+    "topi_int8.avg_pool2d": _plain(reference.avg_pool2d, "layout", "channels"),
     "relax.nn.softmax": lambda call, x: torch.softmax(x, int(call.attrs.axis)),
 }

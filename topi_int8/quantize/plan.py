@@ -187,9 +187,16 @@ class _Planner:
         inputs = self.graph.tensors(expr)
         if name in SHARED_SCALE:
             return inputs if all(_is_float_tensor(x) for x in inputs) else []
-        if name in AVERAGES or name in ACTIVATIONS or name == "relax.add":
+        if name == "relax.add":
+            return inputs if self._adds_integers(expr) else []
+        if name in AVERAGES or name in ACTIVATIONS:
             return inputs if all(self._is_integer(x) for x in inputs) else []
         return []
+
+    def _adds_integers(self, call: relax.Call) -> bool:
+        operands = [x for x in call.args if isinstance(x, relax.Var)]
+        same = len(operands) == 2 and _same_shape(*operands)
+        return same and all(self._is_integer(x) for x in operands)
 
     def _producer(self, var: relax.Var) -> tuple[relax.Expr, str]:
         """Return the operator call behind a variable, through the tuple of a split."""
@@ -212,9 +219,7 @@ class _Planner:
         elif name in SHARED_SCALE or name in AVERAGES or name in ACTIVATIONS:
             result = all(self._is_integer(x) for x in self.graph.tensors(expr))
         elif name == "relax.add":
-            inputs = [x for x in expr.args if isinstance(x, relax.Var)]
-            same = len(inputs) == 2 and _same_shape(*inputs)
-            result = same and all(self._is_integer(x) for x in inputs)
+            result = self._adds_integers(expr)
         else:
             result = False
         self._integer[var] = result
