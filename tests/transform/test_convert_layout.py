@@ -94,9 +94,9 @@ def convert(mod: tvm.IRModule, target: tvm.target.Target = AVX2) -> tvm.IRModule
 
 
 def same_numbers(mod: tvm.IRModule, target: tvm.target.Target = AVX2) -> None:
-    """Check that the compiled module gives what numpy and stock TVM give for the unconverted one.
+    """Check that the compiled module gives what numpy and stock TVM give for the plain one.
 
-    Requantized integers may differ by one where float32 sums round apart, and what follows sees that.
+    Requantized integers may differ by one where float32 sums round apart; what follows sees that.
     """
     if target is AMX:
         emulator.install(["amx"])
@@ -127,7 +127,7 @@ def same_numbers(mod: tvm.IRModule, target: tvm.target.Target = AVX2) -> None:
 def check(
     build: Build, *types: tuple, transforms: int, target: tvm.target.Target = AVX2
 ) -> tvm.IRModule:
-    """Check how many transforms conversion puts in, that all convolutions are packed, the numbers."""
+    """Check how many transforms go in, that all convolutions are packed, and the numbers."""
     mod = module(build, *types)
     new = convert(mod, target)
     assert interpret.count(new).get(TRANSFORM, 0) == transforms, new.script(show_meta=False)
@@ -162,7 +162,8 @@ def test_chain_against_the_module_written_by_hand() -> None:
         packed = emit(op.layout_transform(x, "NCHW", "NCHW4c", 3))
         y = emit(op.conv2d(packed, relax.const(weights[0]), padding=(1, 1, 1, 1),
                            scale=relax.const(np.ones(32, "float32")), data_layout="NCHW4c",
-                           out_layout="NCHW16c", channels=3, out_dtype="uint8", name="a"))  # fmt: skip
+                           out_layout="NCHW16c", channels=3, out_dtype="uint8",
+                           name="a"))  # fmt: skip
         z = emit(
             op.conv2d(y, relax.const(weights[1]), data_layout="NCHW16c", channels=32, name="b")
         )
