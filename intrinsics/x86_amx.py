@@ -49,6 +49,9 @@ class AmxBlock:
         Input channels of a step: a multiple of 4, at most 64.
     stride_h, stride_w : int
         Steps between output rows and pixels in the data.
+    window : bool
+        The data is two-dimensional, and a pixel's `k` elements start `stride_w` elements behind the
+        last pixel's: overlapping windows of a row, A[h * stride_h, x * stride_w + 4*i + j].
     """
 
     a: str
@@ -61,6 +64,7 @@ class AmxBlock:
     k: int = 64
     stride_h: int = 1
     stride_w: int = 1
+    window: bool = False
 
     def __post_init__(self) -> None:
         if self.a not in _NAME or self.b not in _NAME:
@@ -96,7 +100,8 @@ class AmxBlock:
         """Suffix that tells this block from every other."""
         return (
             f"{self.rows_h}x{self.tiles_w}x{self.rows}_{self.oc_blocks}x{self.oc_tiles}x16x{self.k}"
-            f"_s{self.stride_h}x{self.stride_w}_{_NAME[self.a]}8{_NAME[self.b]}8s32_amx_int8"
+            f"_{'w' if self.window else 's'}{self.stride_h}x{self.stride_w}"
+            f"_{_NAME[self.a]}8{_NAME[self.b]}8s32_amx_int8"
         )
 
     # ------------------------------------------------------------ tile numbers
@@ -132,7 +137,7 @@ class AmxBlock:
         h = (self.rows_h - 1) * self.stride_h + 1
         x = (self.tiles_w * self.rows - 1) * self.stride_w + 1
         shapes = {
-            "A": (h, x, self.k),
+            "A": (h, x - 1 + self.k) if self.window else (h, x, self.k),
             "B": (self.n_tiles, 1, 1, 1, self.k // 4, 16, 4),
             "C": (self.oc_blocks, self.rows_h, self.tiles_w * self.rows, self.oc_tiles * 16),
         }
@@ -201,13 +206,15 @@ class AmxBlock:
             [
                 "sh, sx, sb = T.int32(), T.int32(), T.int32()",
                 "sc, sy, sk = T.int32(), T.int32(), T.int32()",
-                self._buffer("A", self.a, "sh, sx, 1"),
+                self._buffer("A", self.a, "sh, 1" if self.window else "sh, sx, 1"),
                 self._buffer("B", self.b, "sb, sc, sy, sk, 64, 4, 1"),
                 self._buffer("C", "int32", None, "local"),
             ]
         )
         reads = f"{s['RC']}, {s['RA']}, {s['RB']}"
         strided = f"A[vh * {self.stride_h}, vx * {self.stride_w}, vi * 4 + vj]"
+        if self.window:
+            strided = f"A[vh * {self.stride_h}, vx * {self.stride_w} + vi * 4 + vj]"
         weight = (
             f"B[vb * {self.oc_tiles} + T.floordiv(vo, 16), 0, 0, 0, vi, T.floormod(vo, 16), vj]"
         )
@@ -225,12 +232,11 @@ class AmxBlock:
 
         def load_a(m: int) -> str:
             h, w = divmod(m, self.tiles_w)
-            offset = f"{h * self.stride_h} * sh + {w * self.rows * self.stride_w} * sx"
-            tile = a_tiles[m % len(a_tiles)]
-            stride = f'T.Cast("int64", sx * {self.stride_w})'
-            return _llvm(
-                "tileloadd64", f"T.uint8({tile})", f'A.access_ptr("r", offset={offset})', stride
-            )
+            # Elements from pixel to pixel.
+            pixel = f"{self.stride_w}" if self.window else f"{self.stride_w} * sx"
+            offset = f"{h * self.stride_h} * sh + {w * self.rows} * {pixel}"
+            tile, address = a_tiles[m % len(a_tiles)], f'A.access_ptr("r", offset={offset})'
+            return _llvm("tileloadd64", f"T.uint8({tile})", address, f'T.Cast("int64", {pixel})')
 
         def load_b(n: int) -> str:
             tile = b_tiles[n % len(b_tiles)]

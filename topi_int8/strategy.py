@@ -270,14 +270,9 @@ class MatmulPacking:
 # ---------------------------------------------------------------- builders
 
 
-def _fold_width(work: Conv2dWorkload, blocks: Blocks, step: int, widest: int) -> int:
-    """Return the folded block for inputs so narrow that a tap fills a step badly, else 0."""
-    taps = work.ic * work.kw
-    if work.groups == 1 and work.kw > 1 and taps <= widest and work.ic <= blocks.data:
-        return _round_up(taps, step)
-    if work.kh == work.kw == 1 and blocks.data % step:
-        return _round_up(blocks.data, step)
-    return 0
+def _widened(block: int, step: int) -> int:
+    """Return the data block filled up to whole steps, or 0 if it is whole."""
+    return _round_up(block, step) if block % step else 0
 
 
 def _spatial_pack(
@@ -288,8 +283,8 @@ def _spatial_pack(
     conv_work, out_block = work, blocks.out
     if isinstance(work, MatmulWorkload):
         conv_work, out_block = matmul_as_conv(work)
-    fold = _fold_width(conv_work, blocks, k, 0 if conv_work.is_float else 32)
-    packing = PackedConv2d(conv_work, blocks.data, out_block, lanes, k, *dtypes, fold=fold)
+    widened = _widened(blocks.data, k)
+    packing = PackedConv2d(conv_work, blocks.data, out_block, lanes, k, *dtypes, widened=widened)
     if isinstance(work, MatmulWorkload):
         packing = replace(packing, out_store=work.n)
     per_group = packing.out_blocks // packing.super_groups
@@ -338,16 +333,14 @@ def _build_amx(work: Workload, blocks: Blocks, _feats: Features, ask: bool) -> K
     if isinstance(work, MatmulWorkload):
         conv_work, out_block = matmul_as_conv(work)
         out_store = work.n
-    if conv_work.kw > 1:
-        fold = _fold_width(conv_work, blocks, 4, 64)
-    else:
-        # Whole steps of 64 channels where the matrix has more than one of them.
-        whole = _round_up(blocks.data, 64 if blocks.data > 64 else 4)
-        fold = whole if whole != blocks.data and conv_work.groups == 1 else 0
+    # Whole steps of 64 channels where a block has more than one of them.
+    widened = _widened(blocks.data, 64 if blocks.data > 64 else 4)
+    window = x86_amx.wants_window(conv_work, blocks.data)
     weight = work.weight_dtype if work.weight_zero_point == 0 else "int8"
     packing = PackedConv2d(
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
-        fold=fold, out_store=out_store, flat=not fold and x86_amx.wants_flat(conv_work),
+        widened=widened, window=window, out_store=out_store,
+        flat=not window and x86_amx.wants_flat(conv_work),
     )  # fmt: skip
     rows, ow_padded = x86_amx.choose_rows(packing.columns)
     packing = replace(packing, ow_padded=ow_padded)
@@ -384,14 +377,7 @@ def _weights_not_int8(work: Workload) -> str | None:
 
 
 def _declines_dot(work: Workload, _feats: Features) -> str | None:
-    return _weights_not_int8(work) or _odd_dynamic_k(work, 4)
-
-
-def _odd_dynamic_k(work: Workload, step: int) -> str | None:
-    batched = isinstance(work, MatmulWorkload) and work.batch > 1
-    if batched and work.k % step:
-        return f"batched matmul with k = {work.k}, not a multiple of {step}"
-    return None
+    return _weights_not_int8(work)
 
 
 def _declines_7bit(work: Workload, feats: Features) -> str | None:
@@ -406,23 +392,17 @@ def _declines_7bit(work: Workload, feats: Features) -> str | None:
     return None
 
 
-def _declines_wide(work: Workload, _feats: Features) -> str | None:
-    return _odd_dynamic_k(work, 2)
-
-
 def _declines_amx(work: Workload, _feats: Features) -> str | None:
-    if work.weight_zero_point == 0:
-        return _odd_dynamic_k(work, 4)
-    return _weights_not_int8(work) or _odd_dynamic_k(work, 4)
+    return None if work.weight_zero_point == 0 else _weights_not_int8(work)
 
 
 _DOT_ROWS: tuple[tuple[str, str, str, Accepts], ...] = (
     ("avx512_vnni", "avx512_vnni", "dot_1x16x4_u8s8s32_avx512_vnni", _declines_dot),
     ("avx_vnni", "avx_vnni", "dot_1x8x4_u8s8s32_avx_vnni", _declines_dot),
     ("avx512_bw_7bit", "avx512_bw", "dot_1x16x4_u8s8s32_avx512_bw", _declines_7bit),
-    ("avx512_bw", "avx512_bw", "dot_1x16x2_s16s16s32_avx512_bw", _declines_wide),
+    ("avx512_bw", "avx512_bw", "dot_1x16x2_s16s16s32_avx512_bw", _always),
     ("avx2_7bit", "avx2", "dot_1x8x4_u8s8s32_avx2", _declines_7bit),
-    ("avx2", "avx2", "dot_1x8x2_s16s16s32_avx2", _declines_wide),
+    ("avx2", "avx2", "dot_1x8x2_s16s16s32_avx2", _always),
 )
 
 

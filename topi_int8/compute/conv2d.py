@@ -56,15 +56,18 @@ class PackedConv2d:
         subtracted, or float32.
     ow_padded : int
         Output columns computed (>= work.ow): whole tiles. The surplus is cropped.
-    fold : int
-        Not 0 for narrow inputs (a network's stem): the pad stage lays the kw taps of each output
-        column side by side, kw * ic channels in one block of `fold`, and the convolution that is
-        left has kw = 1 and no horizontal stride. With kw = 1 it just widens the block.
+    widened : int
+        Not 0: channels of a data block as the inner loop reads it, where in_block itself is no
+        whole number of steps. The pad stage fills the difference with zeros.
+    window : bool
+        For inputs so narrow that a tap fills a step badly (a network's stem): one step reads the kw
+        taps at once, kw * in_block neighbouring bytes of a row; windows of neighbouring output
+        columns overlap in memory. One block of data, dilation 1.
     out_store : int
         Channels of each output block that are stored (0: all of them). Less than out_block where
         the output is a plain matrix whose width is no whole number of vectors.
     flat : bool
-        Compute the image as one row of virtual pixels (stride 1, no fold).
+        Compute the image as one row of virtual pixels (stride 1, no window).
     """
 
     work: Conv2dWorkload
@@ -75,7 +78,8 @@ class PackedConv2d:
     data_dtype: str
     weight_dtype: str
     ow_padded: int = 0
-    fold: int = 0
+    widened: int = 0
+    window: bool = False
     out_store: int = 0
     flat: bool = False
 
@@ -84,12 +88,12 @@ class PackedConv2d:
             raise ValueError(f"lanes is {self.lanes}; allowed: a divisor of {self.out_block}")
         if self.step_block % self.k:
             raise ValueError(f"k is {self.k}; allowed: a divisor of {self.step_block}")
-        if self.fold and (self.work.groups != 1 or self.fold < self.work.ic * self.work.kw):
-            raise ValueError(
-                f"fold is {self.fold}; allowed: groups 1 and >= {self.work.ic * self.work.kw}"
-            )
-        if self.flat and (self.work.strides != (1, 1) or self.fold):
-            raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), no fold")
+        if self.widened and (self.widened < self.in_block or self.window):
+            raise ValueError(f"widened is {self.widened}; allowed: >= {self.in_block}, no window")
+        if self.window and (self.in_blocks != 1 or self.work.dilation[1] != 1):
+            raise ValueError("window with several data blocks or dilation; allowed: one block, 1")
+        if self.flat and (self.work.strides != (1, 1) or self.window):
+            raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), no window")
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:
@@ -134,18 +138,13 @@ class PackedConv2d:
 
     @property
     def step_block(self) -> int:
-        """Channels per block as the inner loop reads them."""
-        return self.fold or self.in_block
+        """Channels (with a window, channels of all its taps) that the inner loop reads together."""
+        return self.in_block * self.work.kw if self.window else self.widened or self.in_block
 
     @property
     def taps_w(self) -> int:
         """Horizontal taps of the inner loop."""
-        return 1 if self.fold else self.work.kw
-
-    @property
-    def step_strides(self) -> tuple[int, int]:
-        """Strides of the inner loop over the padded data."""
-        return (self.work.strides[0], 1) if self.fold else self.work.strides
+        return 1 if self.window else self.work.kw
 
     @property
     def padded_width(self) -> int:
@@ -165,7 +164,7 @@ class PackedConv2d:
     @property
     def in_blocks_per_group(self) -> int:
         """Blocks of input channels that one output channel sums over."""
-        return 1 if self.fold else self.in_blocks // self.super_groups
+        return self.in_blocks // self.super_groups
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -193,7 +192,8 @@ class PackedConv2d:
         """Whether the inner loop cannot read the data where it lies."""
         w = self.work
         converts = self.data_dtype != w.data_dtype
-        return bool(any(w.padding) or self.fold or self.ow_padded != w.ow or converts)
+        reshapes = self.window or self.widened or self.ow_padded != w.ow
+        return bool(any(w.padding) or reshapes or converts)
 
     @property
     def crops(self) -> bool:
@@ -214,18 +214,21 @@ class PackedConv2d:
         w = self.work
         icg, ocg = w.ic // w.groups, w.oc // w.groups
         wide = weight if w.is_float else weight.astype("int32") - w.weight_zero_point
-        if self.fold:
-            wide = wide.transpose(0, 2, 3, 1).reshape(w.oc, w.kh, 1, w.kw * w.ic)
-            wide = wide.transpose(0, 3, 1, 2)
-            icg = w.kw * w.ic
-        group_ic = self.in_blocks_per_group * self.step_block
-        dense = np.zeros(
-            (self.out_blocks * self.out_block, group_ic, w.kh, self.taps_w), wide.dtype
-        )
-        per_super = w.groups // self.super_groups
+        blocks, per_super = self.in_blocks_per_group, w.groups // self.super_groups
+        oc = self.out_blocks * self.out_block
+        dense = np.zeros((oc, blocks, self.in_block, w.kh, w.kw), wide.dtype)
+        dense = dense.reshape(oc, blocks * self.in_block, w.kh, w.kw)
         for g in range(w.groups):
             at = (g % per_super) * icg
             dense[g * ocg : (g + 1) * ocg, at : at + icg] = wide[g * ocg : (g + 1) * ocg]
+        if self.window:
+            # (oc, i, kh, kw) -> (oc, kw * i, kh, 1): taps side by side as they lie in a row.
+            dense = dense.transpose(0, 3, 1, 2).reshape(oc, self.step_block, w.kh, 1)
+        elif self.widened:
+            split = dense.reshape(oc, blocks, self.in_block, w.kh, w.kw)
+            extra = self.widened - self.in_block
+            dense = np.pad(split, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
+            dense = dense.reshape(oc, blocks * self.widened, w.kh, w.kw)
         narrow = dense.astype(self.weight_dtype)
         if not np.array_equal(narrow, dense):
             raise ValueError(
@@ -233,7 +236,6 @@ class PackedConv2d:
                 f"[{dense.min()}, {dense.max()}]; allowed: the range of {self.weight_dtype}"
             )
         o, i = narrow.shape[0] // self.lanes, self.step_block // self.k
-        blocks = self.in_blocks_per_group
         split = narrow.reshape(o, self.lanes, blocks, i, self.k, w.kh, self.taps_w)
         return np.ascontiguousarray(split.transpose(0, 2, 5, 6, 3, 1, 4))
 
@@ -301,7 +303,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         args.append(residual)
 
     source = pad_stage(conv, data) if conv.needs_pad else data
-    sh, sw = conv.step_strides
+    sh, sw = w.strides
     dh, dw = w.dilation
     out_blocks_per_group = conv.out_blocks // conv.super_groups
     cb = te.reduce_axis((0, conv.in_blocks_per_group), "cb")
@@ -319,7 +321,11 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         row, column = y * sh + kh * dh, x * sw + kw * dw
         if conv.flat:
             row, column = y, x + kh * (dh * conv.padded_width) + kw * dw
-        a = source[n, first_block(ob) + cb, row, column, ik * conv.k + kk]
+        channel = ik * conv.k + kk
+        if conv.window:
+            a = source[n, cb, row, x * (sw * conv.in_block) + channel]
+        else:
+            a = source[n, first_block(ob) + cb, row, column, channel]
         vec, lane = tir.floordiv(o, conv.lanes), tir.floormod(o, conv.lanes)
         b = weight[ob * vectors + vec, cb, kh, kw, ik, lane, kk]
         return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[cb, kh, kw, ik, kk])
@@ -370,12 +376,8 @@ def pad_stage(conv: PackedConv2d, data: Any) -> Any:
         inside = []
         if conv.flat:
             y, x = tir.floordiv(x, width), tir.floormod(x, width)
-        if conv.fold:
-            # Channel i of column x holds tap i // ic of input channel i % ic.
-            tap = tir.floordiv(i, w.ic)
-            x, i = x * w.strides[1] + tap * w.dilation[1], tir.floormod(i, w.ic)
-            if conv.fold > w.ic * w.kw:
-                inside.append(tap < w.kw)
+        if conv.widened:
+            inside.append(i < conv.in_block)
         if top:
             inside.append(y >= top)
         if bottom or conv.flat:
@@ -393,5 +395,13 @@ def pad_stage(conv: PackedConv2d, data: Any) -> Any:
         last_tap = (w.kh - 1) * w.dilation[0] * width + (w.kw - 1) * w.dilation[1]
         shape = (w.n, conv.in_blocks, 1, conv.ow_padded + last_tap, conv.step_block)
         return te.compute(shape, padded, name="pad")
-    columns, blocks = (conv.ow_padded, 1) if conv.fold else (width, conv.in_blocks)
-    return te.compute((w.n, blocks, height, columns, conv.step_block), padded, name="pad")
+    shape = (w.n, conv.in_blocks, height, width, conv.widened or conv.in_block)
+    if not conv.window:
+        return te.compute(shape, padded, name="pad")
+
+    def row_of_bytes(n: Any, c: Any, y: Any, x: Any) -> Any:
+        """The same with columns and channels in one dimension, for windows to start anywhere."""
+        column, channel = tir.floordiv(x, conv.in_block), tir.floormod(x, conv.in_block)
+        return padded(n, c, y, column, channel)
+
+    return te.compute((*shape[:3], width * conv.in_block), row_of_bytes, name="pad")

@@ -27,10 +27,15 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
         oc = ob * conv.lanes + lane
         channel = cb * conv.step_block + ik * conv.k + kk
         inside = [oc < w.oc]
-        if conv.fold:
-            kw, channel = tir.floordiv(channel, w.ic), tir.floormod(channel, w.ic)
-            inside.append(kw < w.kw)
+        if conv.window:
+            kw, channel = tir.floordiv(channel, conv.in_block), tir.floormod(channel, conv.in_block)
+            inside.append(channel < w.ic)
         else:
+            if conv.widened:
+                block = tir.floordiv(channel, conv.widened)
+                channel = tir.floormod(channel, conv.widened)
+                inside.append(channel < conv.in_block)
+                channel = block * conv.in_block + channel
             # Position inside this output channel's own group.
             group = tir.floormod(tir.floordiv(oc, ocg), per_super)
             channel = channel - group * icg
@@ -46,8 +51,7 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
 
 
 def pack_bias(conv: PackedConv2d, weight: Any, bias: Any | None) -> Any:
-    """Return the int32 bias (out_blocks, out_block) with the zero point's compensation folded in.
-    """
+    """Return the int32 bias (out_blocks, out_block) with the zero point's compensation folded in."""
     w = conv.work
     axes = [
         te.reduce_axis((0, int(d)), name) for d, name in zip(weight.shape[1:], "ihw", strict=True)

@@ -44,6 +44,12 @@ def wants_flat(work: Conv2dWorkload) -> bool:
     return work.strides == (1, 1) and work.oh > 1 and work.ow <= 10
 
 
+def wants_window(work: Conv2dWorkload, block: int) -> bool:
+    """Whether one step should read all horizontal taps: where they fit 64 bytes side by side."""
+    one_block = work.ic <= block and work.groups == 1
+    return one_block and work.kw > 1 and work.dilation[1] == 1 and work.kw * block <= 64
+
+
 def choose_step(channels: int) -> int:
     """Return the input channels of one tile step: the largest divisor in 4..64 that is a multiple
     of 4.
@@ -80,10 +86,11 @@ def choose_block(conv: PackedConv2d, rows: int) -> x86_amx.AmxBlock:
                             ),
                         )
     assert best is not None, "one tile always fits"
-    sh, sw = conv.step_strides
+    sh, sw = conv.work.strides
     return x86_amx.AmxBlock(
         conv.data_dtype, conv.weight_dtype, rows,
-        k=step, stride_h=sh, stride_w=sw, **best[1],
+        k=step, stride_h=sh, stride_w=sw * conv.in_block if conv.window else sw,
+        window=conv.window, **best[1],
     )  # fmt: skip
 
 
