@@ -154,7 +154,7 @@ def _vpmaddwd(bits: int) -> str:
 
 
 def _vpmaddubsw(bits: int) -> str:
-    """u8 x s8 pairs to saturated int16, then pairs of int16 to int32: exact for 7-bit weights only."""
+    """u8 x s8 pairs to saturated int16, pairs of those to int32: exact for 7-bit weights only."""
     lanes, halves = bits // 32, bits // 16
     ubsw, wd = (
         ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512")

@@ -51,7 +51,7 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
 
 
 def pack_bias(conv: PackedConv2d, weight: Any, bias: Any | None) -> Any:
-    """Return the int32 bias (out_blocks, out_block) with the zero point's compensation folded in."""
+    """Return the int32 bias (out_blocks, out_block), the zero point's compensation folded in."""
     w = conv.work
     axes = [
         te.reduce_axis((0, int(d)), name) for d, name in zip(weight.shape[1:], "ihw", strict=True)
