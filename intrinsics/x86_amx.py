@@ -234,13 +234,14 @@ class AmxBlock:
             h, w = divmod(m, self.tiles_w)
             # Elements from pixel to pixel.
             pixel = f"{self.stride_w}" if self.window else f"{self.stride_w} * sx"
-            offset = f"{h * self.stride_h} * sh + {w * self.rows} * {pixel}"
-            tile, address = a_tiles[m % len(a_tiles)], f'A.access_ptr("r", offset={offset})'
+            first = f"{h * self.stride_h}, {w * self.rows * self.stride_w}"
+            address = f"T.address_of(A[{first}{'' if self.window else ', 0'}])"
+            tile = a_tiles[m % len(a_tiles)]
             return _llvm("tileloadd64", f"T.uint8({tile})", address, f'T.Cast("int64", {pixel})')
 
         def load_b(n: int) -> str:
             tile = b_tiles[n % len(b_tiles)]
-            address = f'B.access_ptr("r", offset={n} * sb)'
+            address = f"T.address_of(B[{n}, 0, 0, 0, 0, 0, 0])"
             return _llvm("tileloadd64", f"T.uint8({tile})", address, "T.int64(64)")
 
         def multiply(m: int, n: int) -> str:
@@ -276,8 +277,7 @@ class AmxBlock:
             h, w = divmod(m, self.tiles_w)
             for n in range(self.n_tiles):
                 b, t = divmod(n, self.oc_tiles)
-                offset = f"{b} * sb + {h} * sh + {w * self.rows} * sx + {t * 16}"
-                address = f'O.access_ptr("w", offset={offset})'
+                address = f"T.address_of(O[{b}, {h}, {w * self.rows}, {t * 16}])"
                 stride = 'T.Cast("int64", sx * 4)'
                 impl.append(_llvm("tilestored64", f"T.uint8({self._c(m, n)})", address, stride))
         return (
@@ -298,8 +298,8 @@ class AmxBlock:
 def configure(block: AmxBlock) -> object:
     """Return the block statement that loads this tile configuration on the running thread.
 
-    The buffer is int32 like the accumulators: TVM's StorageRewrite may give both one allocation,
-    and wants one element type then.
+    The addresses in this file are `T.address_of`: TVM's StorageRewrite may give two buffers one
+    allocation, and `access_ptr` wants both to have one element type then.
     """
     stores = "\n".join(f"        cfg[{i}] = T.int32({w})" for i, w in enumerate(block.config()))
     alloc = "T.sblock_alloc_buffer" if compat.IS_RELAX else "T.alloc_buffer"
@@ -311,7 +311,7 @@ def func() -> None:
         T.writes()
         cfg = {alloc}((16,), "int32")
 {stores}
-        {_llvm("ldtilecfg", 'cfg.access_ptr("r")')}
+        {_llvm("ldtilecfg", "T.address_of(cfg[0])")}
 """
     return compat.first_block(compat.parse_prim_func(text))
 
