@@ -87,3 +87,11 @@ def test_a_dead_channel_keeps_its_bias() -> None:
 def test_a_channel_of_zeros_has_a_usable_scale() -> None:
     quantized = quantize_weight(np.zeros((2, 3), "float32"), 0)
     assert (quantized.scale == 1).all() and not quantized.values.any()
+
+
+def test_seven_bit_weights_stay_within_63() -> None:
+    weight = np.random.default_rng(0).normal(size=(4, 5)).astype("float32")
+    quantized = quantize_weight(weight, 0, bits=7)
+    assert np.abs(quantized.values).max() == 63
+    restored = quantized.values * quantized.scale[:, None]
+    assert np.abs(restored - weight).max() <= quantized.scale.max() / 2 * 1.001

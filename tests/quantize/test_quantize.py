@@ -253,3 +253,8 @@ def test_layer_errors_report_every_layer_of_int8_against_float() -> None:
     want = np.concatenate([fp32[fp32_name] for fp32, _ in traces])
     got = np.concatenate([quantized[name] for _, quantized in traces])
     assert errors["conv2d_0"].sqnr == pytest.approx(graphs.sqnr(want, got), abs=0.2)
+
+
+def test_weight_bits_other_than_7_and_8_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight_bits is 6; allowed: 7, 8"):
+        quantize(None, [], weight_bits=6)

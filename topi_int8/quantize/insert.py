@@ -15,7 +15,11 @@ from .qparams import QParams, QuantizedWeight, quantize_bias, quantize_weight
 
 
 def insert_qdq(
-    mod: tvm.IRModule, graph: Graph, plan: Plan, qparams: Mapping[relax.Var, QParams]
+    mod: tvm.IRModule,
+    graph: Graph,
+    plan: Plan,
+    qparams: Mapping[relax.Var, QParams],
+    weight_bits: int = 8,
 ) -> tvm.IRModule:
     """Return the prepared module with its QDQ pairs.
 
@@ -27,21 +31,24 @@ def insert_qdq(
     ----------
     qparams : mapping
         Parameters of every tensor of ``plan.tensors``.
+    weight_bits : int
+        8 or 7.
     """
-    func = _Inserter(mod, plan, qparams, _weights(graph, plan, qparams)).visit_expr(graph.func)
+    weights = _weights(plan, qparams, weight_bits)
+    func = _Inserter(mod, plan, qparams, weights).visit_expr(graph.func)
     new = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
     new.update_func(mod.get_global_var("main"), func)
     return new
 
 
 def _weights(
-    graph: Graph, plan: Plan, qparams: Mapping[relax.Var, QParams]
+    plan: Plan, qparams: Mapping[relax.Var, QParams], bits: int
 ) -> dict[relax.Var, QuantizedWeight]:
     """Return the int8 weight of each convolution and matmul that has a constant one."""
     biases = {compute: value.reshape(-1) for compute, value, _ in plan.bias.values()}
     return {
         var: quantize_weight(
-            compute.weight, compute.kernel_axis, qparams[compute.data].scale, biases.get(var)
+            compute.weight, compute.kernel_axis, qparams[compute.data].scale, biases.get(var), bits
         )
         for var, compute in plan.computes.items()
         if compute.weight is not None

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..workload import DTYPE_RANGE, INT8_DTYPES
 
-WEIGHT_MAX = 127
+WEIGHT_MAX = {8: 127, 7: 63}
 # A bias of more than 2**24 steps is not exact in float32, and near 2**31 it leaves int32.
 _BIAS_MAX = 2.0**24
 
@@ -83,8 +83,9 @@ def quantize_weight(
     channel_axis: int,
     data_scale: float = 1.0,
     bias: np.ndarray | None = None,
+    bits: int = 8,
 ) -> QuantizedWeight:
-    """Return per-channel symmetric int8 weights in [-127, 127].
+    """Return per-channel symmetric int8 weights in [-127, 127], or [-63, 63] for 7 bits.
 
     A channel whose weights are far smaller than its bias (a channel that training killed) gets a
     scale at which the int32 bias, in steps of ``data_scale * scale``, still fits.
@@ -97,10 +98,13 @@ def quantize_weight(
     data_scale : float
         Scale of the data operand.
     bias : (oc,) float32 array or None
+    bits : int
+        8 or 7.
     """
+    top = WEIGHT_MAX[bits]
     axis = channel_axis % weight.ndim
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = np.abs(weight).max(axis=others).astype("float64") / WEIGHT_MAX
+    scale = np.abs(weight).max(axis=others).astype("float64") / top
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias) / (data_scale * _BIAS_MAX))
     # All-zero channels without a bias: any scale will do.
@@ -108,7 +112,7 @@ def quantize_weight(
     along = [1] * weight.ndim
     along[axis] = -1
     values = np.rint(weight / scale.reshape(along))
-    return QuantizedWeight(np.clip(values, -WEIGHT_MAX, WEIGHT_MAX).astype("int8"), scale)
+    return QuantizedWeight(np.clip(values, -top, top).astype("int8"), scale)
 
 
 def quantize_bias(bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
