@@ -59,6 +59,15 @@ def grid() -> list[AmxBlock]:
         tiles = TILES[(0, 1, 6, 8)[(i + j) % 4]]
         strides = STRIDES[(i + 2 * j) % 2]
         blocks.append(AmxBlock(a, b, rows, k=DEPTHS[(i + j) % 4], **tiles, **strides))
+    # Windows that overlap: the taps of a stem's row.
+    blocks += [
+        AmxBlock(
+            "uint8", "int8", 16, tiles_w=2, oc_tiles=2, k=28, stride_h=2, stride_w=8, window=True
+        ),
+        AmxBlock("int8", "int8", 7, k=12, stride_w=4, window=True),
+        AmxBlock("uint8", "uint8", 1, rows_h=2, k=64, stride_h=3, stride_w=16, window=True),
+        AmxBlock("int8", "uint8", 13, oc_blocks=2, k=20, stride_w=4, window=True),
+    ]
     return sorted(set(blocks), key=lambda block: block.name)
 
 
@@ -68,17 +77,26 @@ def extents(block: AmxBlock) -> tuple[int, int, int, int]:
     return block.oc_blocks, block.rows_h, pixels, block.oc_tiles * 16
 
 
+def data_shape(block: AmxBlock) -> tuple[int, ...]:
+    """Return A's shape for all steps."""
+    _, nh, nx, _ = extents(block)
+    height, width = (nh - 1) * block.stride_h + 1, (nx - 1) * block.stride_w + 1
+    if block.window:
+        return STEPS, height, width - 1 + block.k
+    return STEPS, height, width, block.k
+
+
 def nest(block: AmxBlock) -> Any:
     """Return plain loops over STEPS steps: C[b, h, x, o] += A . B."""
     nb, nh, nx, no = extents(block)
-    height, width = (nh - 1) * block.stride_h + 1, (nx - 1) * block.stride_w + 1
-    a = te.placeholder((height, width, STEPS * block.k), block.a, "a")
+    a = te.placeholder(data_shape(block), block.a, "a")
     b = te.placeholder((block.n_tiles, STEPS, 1, 1, block.k // 4, 16, 4), block.b, "b")
     s = te.reduce_axis((0, STEPS), "s")
     i, j = te.reduce_axis((0, block.k // 4), "i"), te.reduce_axis((0, 4), "j")
 
     def product(vb: Any, vh: Any, vx: Any, vo: Any) -> Any:
-        x = a[vh * block.stride_h, vx * block.stride_w, s * block.k + i * 4 + j]
+        row, column = vh * block.stride_h, vx * block.stride_w
+        x = a[s, row, column + i * 4 + j] if block.window else a[s, row, column, i * 4 + j]
         tile, lane = tir.floordiv(vo, 16), tir.floormod(vo, 16)
         w = b[vb * block.oc_tiles + tile, s, 0, 0, i, lane, j]
         return te.sum(x.astype("int32") * w.astype("int32"), axis=[s, i, j])
@@ -122,10 +140,8 @@ def build(func: Any, isa: str) -> tvm.runtime.Executable:
 def draw(block: AmxBlock, seed: int) -> list[np.ndarray]:
     """Return full-range A and B."""
     rng = np.random.default_rng(seed)
-    _, nh, nx, _ = extents(block)
-    height, width = (nh - 1) * block.stride_h + 1, (nx - 1) * block.stride_w + 1
     a_range, b_range = (np.iinfo(dtype) for dtype in (block.a, block.b))
-    a_shape = (height, width, STEPS * block.k)
+    a_shape = data_shape(block)
     b_shape = (block.n_tiles, STEPS, 1, 1, block.k // 4, 16, 4)
     return [
         rng.integers(a_range.min, a_range.max + 1, a_shape).astype(block.a),
@@ -136,10 +152,13 @@ def draw(block: AmxBlock, seed: int) -> list[np.ndarray]:
 def numpy_nest(block: AmxBlock, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the nest's result, computed another way."""
     nb, _, _, no = extents(block)
-    pixels = a[:: block.stride_h, :: block.stride_w].astype("int64")  # (h, x, K)
+    pixels = a[:, :: block.stride_h].astype("int64")
+    if block.window:
+        pixels = np.lib.stride_tricks.sliding_window_view(pixels, block.k, axis=2)
+    pixels = pixels[:, :, :: block.stride_w]  # (steps, h, x, k)
     weights = b.reshape(block.n_tiles, STEPS, block.k // 4, 16, 4).astype("int64")
-    dense = weights.transpose(0, 3, 1, 2, 4).reshape(nb, no, STEPS * block.k)
-    return np.einsum("hxk,bok->bhxo", pixels, dense).astype("int32")
+    dense = weights.transpose(0, 3, 1, 2, 4).reshape(nb, no, STEPS, block.k)
+    return np.einsum("shxk,bosk->bhxo", pixels, dense, optimize=True).astype("int32")
 
 
 @pytest.mark.parametrize("block", grid(), ids=lambda block: block.name)
