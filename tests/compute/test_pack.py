@@ -21,7 +21,8 @@ CONVS = {
     for name in (
         "one_of_everything", "ic3_oc65", "ic17_oc33", "ic65_oc129_1x1", "large_k_1x1", "stem_7x7",
         "gray_5x5", "even_kernel", "groups_aligned", "groups_16", "groups_misaligned",
-        "groups_of_3", "channel_multiplier_7", "groups_32x4", "u8u8_weight_zero_point", "s8s8", "u8u8_grouped",
+        "groups_of_3", "channel_multiplier_7", "groups_32x4", "u8u8_weight_zero_point", "s8s8",
+        "u8u8_grouped",
         "u8u8_proven_int8", "s8s8_stem",
     )
 }  # fmt: skip
