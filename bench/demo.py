@@ -58,7 +58,13 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
         target = topi_int8.host_target()
         console.print(f"[bold]{machine.model_name()}[/bold], {args.threads} thread(s)")
-        summaries = [_run_model(console, name, args, target) for name in args.models]
+        summaries = []
+        for name in args.models:
+            try:
+                module, example = models.load(name, args.weights, image=args.image)
+            except (RuntimeError, ValueError) as error:  # a name or weights that cannot be had
+                parser.exit(2, f"{parser.prog}: {error}\n")
+            summaries.append(_run_model(console, name, module, example, args, target))
     console.print(_summary_table(summaries))
 
 
@@ -74,7 +80,9 @@ class Summary:
     top1: tuple[int, int]
 
 
-def _run_model(console: Console, name: str, args: argparse.Namespace, target: Any) -> Summary:
+def _run_model(
+    console: Console, name: str, module: Any, example: Any, args: argparse.Namespace, target: Any
+) -> Summary:
     import torch
     import tvm
     from tvm import relax
@@ -85,8 +93,6 @@ def _run_model(console: Console, name: str, args: argparse.Namespace, target: An
 
     clock = Clock()
     console.rule(f"[bold]{name}[/bold]")
-    with clock.stage(console, "load"):
-        module, example = models.load(name, args.weights, image=args.image)
     with clock.stage(console, "import"):
         mod = from_torch(module, example)
     calibration = [
