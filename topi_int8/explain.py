@@ -251,7 +251,7 @@ def _describe(target: Target, feats: Any) -> str:
 
 # Instructions that multiply 8- or 16-bit integers into 32-bit sums.
 _DOT = re.compile(
-    r"^\s+(v?pdpbusds?|vpdpbusds?|vpdpwssds?|tdpb[us][us]d|vpmaddubsw|v?pmaddwd|v?pmaddubsw"
+    r"^\s+(?:\{e?vex\}\s+)?(vpdpbusds?|vpdpwssds?|tdpb[us][us]d|vpmaddubsw|v?pmaddwd|v?pmaddubsw"
     r"|[su]dot|usdot|smmla|ummla|usmmla|smull2?|smlal2?|sadalp|vmull\.s8|vmlal\.s16)\b",
     re.MULTILINE,
 )
