@@ -7,6 +7,7 @@ On a CPU without AMX the tiles are emulated, and the rest of the kernel is AVX2.
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -16,9 +17,11 @@ from intrinsics.x86_amx import TILES
 from tests.emulator import counts, native_features, reset
 from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
 from tests.kernels import Assembly, build, check, check_instructions, decide
+from topi_int8 import strategy
+from topi_int8.schedule import x86_amx
 from topi_int8.schedule.x86_amx import choose_block, choose_rows, choose_step, uses_tiles
 from topi_int8.strategy import Blocks
-from topi_int8.target import runs_here
+from topi_int8.target import features, isa_target, runs_here
 from topi_int8.workload import Conv2dWorkload
 
 ISA = "amx_int8" if runs_here("amx_int8") else "amx_int8_avx2"
@@ -158,10 +161,12 @@ def convolutions(draw) -> Conv2dWorkload:
 
 @given(convolutions())
 def test_block_fits_the_registers_and_divides_the_shape(work):
-    packing = decide(work, "amx_int8").kernel().packing
+    feats = features(isa_target("amx_int8"))
+    with mock.patch.object(x86_amx, "schedule") as schedule, mock.patch.object(strategy, "_kernel"):
+        strategy._build_amx(work, strategy.default_blocks(work, feats), feats, True)
+    packing, block, _ = schedule.call_args.args
     rows, padded = choose_rows(packing.columns)
-    assert packing.ow_padded == padded
-    block = choose_block(packing, rows)
+    assert packing.ow_padded == padded and block == choose_block(packing, rows)
     assert block.c_tiles + min(block.m_tiles, block.n_tiles) + 1 <= TILES
     assert padded % (block.tiles_w * block.rows) == 0
     assert packing.rows % block.rows_h == 0
