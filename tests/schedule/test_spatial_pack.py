@@ -86,11 +86,13 @@ def test_full_range_weights_do_not_saturate(isa):
 CONV = Conv2dWorkload(1, 64, 14, 14, 64, 3, 3, padding=(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("dot", DOT_INTRINSICS.values(), ids=DOT_INTRINSICS.keys())
+# The rows that the strategy table uses: on avx512_vnni it has no use for 256 bits.
+USED = [dot for dot in DOT_INTRINSICS.values() if (dot.isa, dot.n) != ("avx512_vnni", 8)]
+
+
+@pytest.mark.parametrize("dot", USED, ids=lambda dot: dot.name)
 @pytest.mark.parametrize("name", ["conv", "epilogue"])
 def test_instructions(name, dot):
-    if dot.n == 8 and dot.isa == "avx512_vnni":
-        pytest.skip("the table prefers 512 bits on avx512_vnni: no kernel has the 256-bit row")
     work = {
         "conv": CONV,
         "epilogue": EPILOGUE_BASES["conv"].with_epilogue(EPILOGUES["u8_residual_s8"]),
