@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image", type=int, default=224, help="image size")
     parser.add_argument("--calibration", type=int, default=16, help="calibration images")
     parser.add_argument("--inputs", type=int, default=8, help="images to compare on")
+    parser.add_argument(
+        "--weight-bits", type=int, choices=(7, 8), help="default: 8 with VNNI or AMX, else 7"
+    )
     args = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
@@ -57,7 +60,12 @@ def main(argv: list[str] | None = None) -> None:
 
         torch.set_num_threads(args.threads)
         target = topi_int8.host_target()
-        console.print(f"[bold]{machine.model_name()}[/bold], {args.threads} thread(s)")
+        if args.weight_bits is None:
+            args.weight_bits = 8 if topi_int8.features(target).has("avx_vnni") else 7
+        console.print(
+            f"[bold]{machine.model_name()}[/bold], {args.threads} thread(s), "
+            f"{topi_int8.features(target).isas[0]}, {args.weight_bits}-bit weights"
+        )
         summaries = []
         for name in args.models:
             try:
@@ -99,7 +107,7 @@ def _run_model(
         models.images(1, args.image, _CALIBRATION_SEED + i) for i in range(args.calibration)
     ]
     start = time.perf_counter()
-    qdq = topi_int8.quantize(mod, calibration)
+    qdq = topi_int8.quantize(mod, calibration, weight_bits=args.weight_bits)
     clock.seconds["quantize"] = time.perf_counter() - start
     with clock.stage(console, "compile"):
         executable = tvm.compile(qdq, target=target)
