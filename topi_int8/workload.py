@@ -111,6 +111,21 @@ class Epilogue:
         return low, high
 
 
+def _require_operand_types(work: Conv2dWorkload | MatmulWorkload) -> None:
+    """Check a workload's dtypes and zero points: all float32, or 8-bit integers."""
+    if work.data_dtype == "float32":
+        _require(work.weight_dtype == "float32", "weight_dtype", work.weight_dtype, "float32")
+        out_dtype = work.epilogue.out_dtype
+        _require(out_dtype == "float32", "out_dtype", out_dtype, "float32 for float32 operands")
+        _require(not work.epilogue.scale, "scale", True, "False for float32 operands")
+        return
+    for which in ("data", "weight"):
+        dtype = getattr(work, f"{which}_dtype")
+        _require(dtype in INT8_DTYPES, f"{which}_dtype", dtype, "uint8, int8")
+        name = f"{which}_zero_point"
+        _require_zero_point(name, getattr(work, name), dtype)
+
+
 @dataclass(frozen=True)
 class Conv2dWorkload:
     """A 2-D convolution with its fused epilogue. Shapes are logical (unpadded channels).
@@ -154,21 +169,7 @@ class Conv2dWorkload:
         _require(
             self.oh >= 1 and self.ow >= 1, "kernel", (self.kh, self.kw), "one that fits the input"
         )
-        if self.data_dtype == "float32":
-            _require(self.weight_dtype == "float32", "weight_dtype", self.weight_dtype, "float32")
-            _require(
-                self.epilogue.out_dtype == "float32",
-                "out_dtype",
-                self.epilogue.out_dtype,
-                "float32",
-            )
-            _require(not self.epilogue.scale, "scale", True, "False for float32 convolutions")
-        else:
-            for which in ("data", "weight"):
-                dtype = getattr(self, f"{which}_dtype")
-                _require(dtype in INT8_DTYPES, f"{which}_dtype", dtype, "uint8, int8")
-                name = f"{which}_zero_point"
-                _require_zero_point(name, getattr(self, name), dtype)
+        _require_operand_types(self)
 
     @property
     def oh(self) -> int:
@@ -231,15 +232,7 @@ class MatmulWorkload:
     def __post_init__(self) -> None:
         for name in ("m", "n", "k", "batch"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        if self.data_dtype == "float32":
-            _require(self.weight_dtype == "float32", "weight_dtype", self.weight_dtype, "float32")
-            _require(not self.epilogue.scale, "scale", True, "False for float32 matmuls")
-        else:
-            for which in ("data", "weight"):
-                dtype = getattr(self, f"{which}_dtype")
-                _require(dtype in INT8_DTYPES, f"{which}_dtype", dtype, "uint8, int8")
-                name = f"{which}_zero_point"
-                _require_zero_point(name, getattr(self, name), dtype)
+        _require_operand_types(self)
 
     @property
     def macs(self) -> int:

@@ -35,7 +35,7 @@ from intrinsics.compat import dtype_of, tir
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
-from .epilogue import apply
+from .epilogue import Operands
 
 
 @dataclass(frozen=True)
@@ -290,17 +290,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
     weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
     out_shape = (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store)
     channel_shape = (conv.out_blocks, conv.out_block)
-    args = [data, weight]
-    bias = scale = residual = None
-    if conv.folds_bias:
-        bias = te.placeholder(channel_shape, acc_dtype, "bias")
-        args.append(bias)
-    if epi.scale:
-        scale = te.placeholder(channel_shape, "float32", "scale")
-        args.append(scale)
-    if epi.residual_dtype:
-        residual = te.placeholder(out_shape, epi.residual_dtype, "residual")
-        args.append(residual)
+    operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channel_shape, out_shape)
 
     source = pad_stage(conv, data) if conv.needs_pad else data
     sh, sw = w.strides
@@ -342,13 +332,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         if conv.flat or conv.ow_padded != w.ow:
             rx = tir.min(rx, w.ow - 1)
         ro = o if conv.out_store == conv.out_block else tir.min(o, conv.out_store - 1)
-        return apply(
-            epi,
-            acc[n, ob, y, x, o],
-            bias[ob, o] if bias is not None else None,
-            scale[ob, o] if scale is not None else None,
-            residual[n, ob, ry, rx, ro] if residual is not None else None,
-        )
+        return operands.apply(acc[n, ob, y, x, o], (ob, o), (n, ob, ry, rx, ro))
 
     out = te.compute(acc_shape, store, name="out")
     if conv.crops:
@@ -359,7 +343,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
             return stored[(n, ob, *index, o)]
 
         out = te.compute(out_shape, crop, name="crop")
-    return [*args, out]
+    return [data, weight, *operands.present, out]
 
 
 def pad_stage(conv: PackedConv2d, data: Any) -> Any:

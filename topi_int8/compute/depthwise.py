@@ -17,7 +17,7 @@ from tvm import te
 from ..layout import Layout
 from ..workload import Conv2dWorkload
 from .conv2d import PackedConv2d, pad_stage
-from .epilogue import apply
+from .epilogue import Operands
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,8 @@ def depthwise(conv: PackedDepthwise) -> list[Any]:
     data = te.placeholder((w.n, conv.blocks, w.ih, w.iw, conv.block), w.data_dtype, "data")
     weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
     out_shape = (w.n, conv.blocks, w.oh, w.ow, conv.block)
-    args = [data, weight]
-    bias = scale = residual = None
-    if conv.folds_bias:
-        bias = te.placeholder((conv.blocks, conv.block), acc_dtype, "bias")
-        args.append(bias)
-    if epi.scale:
-        scale = te.placeholder((conv.blocks, conv.block), "float32", "scale")
-        args.append(scale)
-    if epi.residual_dtype:
-        residual = te.placeholder(out_shape, epi.residual_dtype, "residual")
-        args.append(residual)
+    channels = (conv.blocks, conv.block)
+    operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channels, out_shape)
     source = pad_stage(conv.padded, data) if any(w.padding) else data
     kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, w.kw), "kw")
 
@@ -120,12 +111,6 @@ def depthwise(conv: PackedDepthwise) -> list[Any]:
     acc = te.compute(out_shape, product, name="conv")
 
     def store(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
-        return apply(
-            epi,
-            acc[n, cb, y, x, c],
-            bias[cb, c] if bias is not None else None,
-            scale[cb, c] if scale is not None else None,
-            residual[n, cb, y, x, c] if residual is not None else None,
-        )
+        return operands.apply(acc[n, cb, y, x, c], (cb, c), (n, cb, y, x, c))
 
-    return [*args, te.compute(out_shape, store, name="out")]
+    return [data, weight, *operands.present, te.compute(out_shape, store, name="out")]

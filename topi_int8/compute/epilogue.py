@@ -9,7 +9,10 @@ the magnitude.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from tvm import te
 
 from intrinsics.compat import dtype_of, tir
 
@@ -85,3 +88,45 @@ def apply(epilogue: Epilogue, acc: Any, bias: Any, scale: Any, residual: Any) ->
     if epilogue.out_dtype == "float32":
         return clip_value(value, low, high, "float32")
     return quantize_value(value, epilogue.out_zero_point, low, high, epilogue.out_dtype)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors an epilogue reads besides the accumulator; those it has not are None."""
+
+    epilogue: Epilogue
+    bias: Any
+    scale: Any
+    residual: Any
+
+    @staticmethod
+    def declare(
+        epilogue: Epilogue,
+        takes_bias: bool,
+        acc_dtype: str,
+        channel_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+    ) -> Operands:
+        """Return placeholders: bias and scale per channel, the residual of the output's shape."""
+        dtype = epilogue.residual_dtype
+        return Operands(
+            epilogue,
+            te.placeholder(channel_shape, acc_dtype, "bias") if takes_bias else None,
+            te.placeholder(channel_shape, "float32", "scale") if epilogue.scale else None,
+            te.placeholder(out_shape, dtype, "residual") if dtype else None,
+        )
+
+    @property
+    def present(self) -> list[Any]:
+        """The tensors there are, in the order in which kernels take them."""
+        return [t for t in (self.bias, self.scale, self.residual) if t is not None]
+
+    def apply(self, acc: Any, channel: tuple, element: tuple) -> Any:
+        """Return the stored value of one accumulator, at these indices of the operands."""
+        return apply(
+            self.epilogue,
+            acc,
+            None if self.bias is None else self.bias[channel],
+            None if self.scale is None else self.scale[channel],
+            None if self.residual is None else self.residual[element],
+        )
