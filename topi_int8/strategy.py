@@ -284,7 +284,9 @@ def _spatial_pack(
     if isinstance(work, MatmulWorkload):
         conv_work, out_block = matmul_as_conv(work)
     widened = _widened(blocks.data, k)
-    packing = PackedConv2d(conv_work, blocks.data, out_block, lanes, k, *dtypes, widened=widened)
+    packing = PackedConv2d(
+        conv_work, blocks.data, out_block, lanes, k, *dtypes, widened=widened, kw_inside=uops == 1
+    )
     if isinstance(work, MatmulWorkload):
         packing = replace(packing, out_store=work.n)
     per_group = packing.out_blocks // packing.super_groups

@@ -68,6 +68,10 @@ class PackedConv2d:
         the output is a plain matrix whose width is no whole number of vectors.
     flat : bool
         Compute the image as one row of virtual pixels (stride 1, no window).
+    kw_inside : bool
+        Order of the reduction and of the weight in memory: kh, blocks, kw (True) or kh, kw, blocks.
+        LLVM unrolls a kw loop; where products are added by an instruction of their own (vpmaddwd,
+        vpmaddubsw) it then reassociates the sums over its steps and spills them.
     """
 
     work: Conv2dWorkload
@@ -82,6 +86,7 @@ class PackedConv2d:
     window: bool = False
     out_store: int = 0
     flat: bool = False
+    kw_inside: bool = False
 
     def __post_init__(self) -> None:
         if self.out_block % self.lanes:
@@ -166,14 +171,20 @@ class PackedConv2d:
         """Blocks of input channels that one output channel sums over."""
         return self.in_blocks // self.super_groups
 
+    def ordered(self, kw: Any, blocks: Any) -> tuple[Any, Any]:
+        """Return what belongs to kw and to the blocks of ic in the order of the reduction."""
+        return (blocks, kw) if self.kw_inside else (kw, blocks)
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Packed weight: (oc/lanes, ic blocks, kh, kw, in_block/k, lanes, k)."""
-        w = self.work
+        """Packed weight, in the order the inner loop reads it.
+
+        (oc / lanes, kh, kw, blocks of ic, block / k, lanes, k); `kw_inside` swaps kw and blocks.
+        """
+        taps = self.ordered(self.taps_w, self.in_blocks_per_group)
         return (
             self.out_blocks * self.out_block // self.lanes,
-            self.in_blocks_per_group, w.kh, self.taps_w, self.step_block // self.k, self.lanes,
-            self.k,
+            self.work.kh, *taps, self.step_block // self.k, self.lanes, self.k,
         )  # fmt: skip
 
     @property
@@ -237,7 +248,7 @@ class PackedConv2d:
             )
         o, i = narrow.shape[0] // self.lanes, self.step_block // self.k
         split = narrow.reshape(o, self.lanes, blocks, i, self.k, w.kh, self.taps_w)
-        return np.ascontiguousarray(split.transpose(0, 2, 5, 6, 3, 1, 4))
+        return np.ascontiguousarray(split.transpose(0, 5, *self.ordered(6, 2), 3, 1, 4))
 
     def pack_bias(self, bias: np.ndarray | None, weight: np.ndarray) -> np.ndarray:
         """Return the bias (out_blocks, out_block) with the zero point's compensation folded in.
@@ -317,8 +328,9 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         else:
             a = source[n, first_block(ob) + cb, row, column, channel]
         vec, lane = tir.floordiv(o, conv.lanes), tir.floormod(o, conv.lanes)
-        b = weight[ob * vectors + vec, cb, kh, kw, ik, lane, kk]
-        return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[cb, kh, kw, ik, kk])
+        taps = conv.ordered(kw, cb)
+        b = weight[(ob * vectors + vec, kh, *taps, ik, lane, kk)]
+        return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, *taps, ik, kk])
 
     acc_shape = (w.n, conv.out_blocks, conv.rows, conv.ow_padded, conv.out_block)
     acc = te.compute(acc_shape, product, name="conv")

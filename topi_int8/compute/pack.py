@@ -23,7 +23,9 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
     icg, ocg = w.ic // w.groups, w.oc // w.groups
     per_super = w.groups // conv.super_groups
 
-    def element(ob: Any, cb: Any, kh: Any, kw: Any, ik: Any, lane: Any, kk: Any) -> Any:
+    def element(ob: Any, kh: Any, *inner: Any) -> Any:
+        *taps, ik, lane, kk = inner
+        kw, cb = conv.ordered(*taps)  # swapping twice is swapping back
         oc = ob * conv.lanes + lane
         channel = cb * conv.step_block + ik * conv.k + kk
         inside = [oc < w.oc]

@@ -22,8 +22,7 @@ from ..compute.conv2d import PackedConv2d, conv2d
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: output rows x columns, blocks of output channels, and vectors in each block.
-    """
+    """A register tile: output rows x columns, blocks of output channels, and vectors in each block."""
 
     height: int
     width: int
@@ -131,9 +130,9 @@ def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
 
     # 3. The accumulators live at one tile.
     sch.compute_at(acc, owo, preserve_unit_loops=True)
-    an, aob, ay, ax, ao, cb, kh, kw, ik, kk = sch.get_loops(acc)[-10:]
+    an, aob, ay, ax, ao, *outer, ik, kk = sch.get_loops(acc)[-10:]
     avec, alane = sch.split(ao, [tile.vectors, conv.lanes])
-    sch.reorder(an, cb, kh, kw, ik, ay, ax, aob, avec, alane, kk)
+    sch.reorder(an, *outer, ik, ay, ax, aob, avec, alane, kk)
     for loop in (ay, ax, aob, avec):
         sch.unroll(loop)
 
@@ -142,7 +141,7 @@ def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
     if intrinsic is None:
         sch.reorder(kk, alane)
         sch.vectorize(alane)
-    init = sch.decompose_reduction(acc, cb)
+    init = sch.decompose_reduction(acc, outer[0])
     zero_in_vectors(sch, init, 4)
     if intrinsic is not None:
         sch.tensorize(alane, intrinsic)
@@ -178,8 +177,7 @@ def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:
 
 
 def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
-    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled.
-    """
+    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled."""
     *_, lanes = loops = sch.get_loops(init)
     for loop in loops[-1 - unrolled : -1]:
         sch.unroll(loop)
@@ -187,8 +185,7 @@ def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
 
 
 def copy_stage(sch: Any, block: Any) -> None:
-    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64.
-    """
+    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64."""
     *blocks, row, _, channel = sch.get_loops(block)
     width = max(divisors(int(sch.get(channel).extent), 64))
     _, vector = sch.split(channel, [None, width])

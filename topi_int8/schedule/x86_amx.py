@@ -119,12 +119,12 @@ def schedule(conv: PackedConv2d, block: x86_amx.AmxBlock, ask_permission: bool) 
     # 3. C lives in tile registers over the reduction and is stored to a small buffer once.
     sch.compute_at(acc, owo, preserve_unit_loops=True)
     stored = sch.cache_write(acc, 0, "local")
-    an, aob, ay, ax, ao, cb, kh, kw, ik, kk = sch.get_loops(acc)[-10:]
+    an, aob, ay, ax, ao, *outer, ik, kk = sch.get_loops(acc)[-10:]
     step, ik = sch.split(ik, [None, block.k // 4])
-    sch.reorder(an, cb, kh, kw, step, aob, ay, ax, ao, ik, kk)
+    sch.reorder(an, *outer, step, aob, ay, ax, ao, ik, kk)
 
     # 4. Zero, multiply-accumulate, store.
-    init = sch.decompose_reduction(acc, cb)
+    init = sch.decompose_reduction(acc, outer[0])
     sch.tensorize(iterating(sch, sch.get_loops(init)[-4:]), zero)
     sch.tensorize(iterating(sch, [aob, ay, ax, ao, ik, kk]), dot)
     sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
