@@ -22,7 +22,8 @@ from ..compute.conv2d import PackedConv2d, conv2d
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: output rows x columns, blocks of output channels, and vectors in each block."""
+    """A register tile: output rows x columns, blocks of output channels, and vectors in each block.
+    """
 
     height: int
     width: int
@@ -177,7 +178,8 @@ def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:
 
 
 def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
-    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled."""
+    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled.
+    """
     *_, lanes = loops = sch.get_loops(init)
     for loop in loops[-1 - unrolled : -1]:
         sch.unroll(loop)
@@ -185,7 +187,8 @@ def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
 
 
 def copy_stage(sch: Any, block: Any) -> None:
-    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64."""
+    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64.
+    """
     *blocks, row, _, channel = sch.get_loops(block)
     width = max(divisors(int(sch.get(channel).extent), 64))
     _, vector = sch.split(channel, [None, width])
