@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from . import compat
 
-_DESC = """
+_HEAD = """
 {PF}
-def desc(
+def func(
     A: T.Buffer(({k},), "{a}", offset_factor=1),
     B: T.Buffer(({n}, {k}), "{b}", offset_factor=1),
     C: T.Buffer(({n},), "int32", offset_factor=1),
@@ -26,24 +26,16 @@ def desc(
     with {block}("root"):
         T.reads(C[0:{n}], A[0:{k}], B[0:{n}, 0:{k}])
         T.writes(C[0:{n}])
-        for i in T.serial(0, {n}):
+"""
+
+_DESC = """        for i in T.serial(0, {n}):
             for k in T.serial(0, {k}):
                 with {block}("update"):
                     vi, vk = T.axis.remap("SR", [i, k])
                     C[vi] = C[vi] + T.Cast("int32", A[vk]) * T.Cast("int32", B[vi, vk])
 """
 
-_IMPL = """
-{PF}
-def impl(
-    A: T.Buffer(({k},), "{a}", offset_factor=1),
-    B: T.Buffer(({n}, {k}), "{b}", offset_factor=1),
-    C: T.Buffer(({n},), "int32", offset_factor=1),
-) -> None:
-    with {block}("root"):
-        T.reads(C[0:{n}], A[0:{k}], B[0:{n}, 0:{k}])
-        T.writes(C[0:{n}])
-        C[T.ramp(T.int32(0), 1, {n})] = {result}
+_IMPL = """        C[T.ramp(T.int32(0), 1, {n})] = {result}
 """
 
 
@@ -112,7 +104,7 @@ class DotIntrinsic:
             result = result.replace("<" + key + ">", value)
         texts = []
         for template in (_DESC, _IMPL):
-            text = template.replace("{result}", result)
+            text = (_HEAD + template).replace("{result}", result)
             for key in ("n", "k", "a", "b"):
                 text = text.replace("{" + key + "}", str(getattr(self, key)))
             texts.append(text)

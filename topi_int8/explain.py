@@ -16,7 +16,6 @@ import tvm
 from rich.console import Console
 from rich.table import Table
 from tvm import relax
-from tvm.ir import Op
 from tvm.target import Target
 
 from . import op
@@ -199,10 +198,11 @@ def explain(mod: tvm.IRModule, target: Target | str | dict, show: bool = True) -
         others: Counter = Counter()
 
         def visit(call: Any) -> None:
-            if not isinstance(call, relax.Call) or not isinstance(call.op, Op):
+            name = op.op_name(call)
+            if not name:
                 return
             if not (op.is_op(call, "conv2d") or op.is_op(call, "matmul")):
-                others[str(call.op.name)] += 1
+                others[name] += 1
                 return
             attrs, decision = op.attrs_of(call), decide(call, feats)
             rows.append(

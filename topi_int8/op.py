@@ -41,13 +41,15 @@ def _register(name: str, infer_type: Callable[[relax.Call, Any], Any]) -> Op:
     return op
 
 
+def op_name(expr: Any) -> str:
+    """Return the operator's name of a call, "" for anything else."""
+    is_call = isinstance(expr, relax.Call) and isinstance(expr.op, Op)
+    return str(expr.op.name) if is_call else ""
+
+
 def is_op(expr: Any, name: str) -> bool:
     """Return whether `expr` is a call of the operator `topi_int8.<name>`."""
-    return (
-        isinstance(expr, relax.Call)
-        and isinstance(expr.op, Op)
-        and expr.op.name == f"{NAMESPACE}.{name}"
-    )
+    return op_name(expr) == f"{NAMESPACE}.{name}"
 
 
 def _call(op: Op, args: list, attrs: dict[str, Any]) -> relax.Call:
@@ -77,6 +79,14 @@ def shape_of(expr: Any) -> tuple[int, ...]:
     if dims is None or not all(hasattr(d, "value") for d in dims):
         raise ValueError(f"shape is {dims}; allowed: static dimensions")
     return tuple(int(d) for d in dims)
+
+
+def static_shape(expr: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor whose dimensions are all known; None otherwise."""
+    try:
+        return shape_of(expr)
+    except (ValueError, AttributeError):
+        return None
 
 
 _EPILOGUE_FIELDS = tuple(asdict(Epilogue()))

@@ -227,8 +227,7 @@ class PackedConv2d:
         wide = weight if w.is_float else weight.astype("int32") - w.weight_zero_point
         blocks, per_super = self.in_blocks_per_group, w.groups // self.super_groups
         oc = self.out_blocks * self.out_block
-        dense = np.zeros((oc, blocks, self.in_block, w.kh, w.kw), wide.dtype)
-        dense = dense.reshape(oc, blocks * self.in_block, w.kh, w.kw)
+        dense = np.zeros((oc, blocks * self.in_block, w.kh, w.kw), wide.dtype)
         for g in range(w.groups):
             at = (g % per_super) * icg
             dense[g * ocg : (g + 1) * ocg, at : at + icg] = wide[g * ocg : (g + 1) * ocg]

@@ -13,6 +13,7 @@ import tvm
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from ..op import op_name
 from ..transform.fold_batch_norm import FoldBatchNorm
 
 # Operators that list_layers shows and that get readable names, by the stem of the name.
@@ -26,12 +27,6 @@ LAYER_STEMS = {
     "relax.mean": "mean",
     "relax.concat": "concat",
 }
-
-
-def op_name(expr: Any) -> str:
-    """Return the full name of an operator call, "" for anything else."""
-    is_call = isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op)
-    return str(expr.op.name) if is_call else ""
 
 
 def constant(expr: Any) -> np.ndarray | None:

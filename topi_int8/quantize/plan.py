@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tvm import relax
 
-from .graph import Graph, constant, op_name
+from ..op import op_name
+from .graph import Graph, constant
 
 SHARED_SCALE = frozenset(
     "relax." + name

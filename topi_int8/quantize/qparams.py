@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..workload import DTYPE_RANGE, INT8_DTYPES
+from .. import qparams
+from ..workload import DTYPE_RANGE
 
 WEIGHT_MAX = {8: 127, 7: 63}
 # A bias of more than 2**24 steps is not exact in float32, and near 2**31 it leaves int32.
@@ -20,18 +21,11 @@ _BIAS_MAX = 2.0**24
 
 
 @dataclass(frozen=True)
-class QParams:
-    """Per-tensor quantization parameters of an activation."""
-
-    scale: float
-    zero_point: int
-    dtype: str
+class QParams(qparams.QParams):
+    """Parameters of an activation that we choose ourselves: the zero point is of the type."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in INT8_DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(INT8_DTYPES)}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale is {self.scale!r}; allowed: a finite number > 0")
+        super().__post_init__()
         low, high = DTYPE_RANGE[self.dtype]
         if not low <= self.zero_point <= high:
             raise ValueError(f"zero_point is {self.zero_point}; allowed: [{low}, {high}]")

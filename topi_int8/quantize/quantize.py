@@ -10,9 +10,10 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from ..op import op_name
 from ..workload import INT8_DTYPES
 from .calibrate import calibrate
-from .graph import LAYER_STEMS, Graph, constant, op_name, prepare
+from .graph import LAYER_STEMS, Graph, constant, prepare
 from .insert import insert_qdq
 from .observer import Observer, make_observer
 from .plan import Plan, make_plan

@@ -11,8 +11,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from ..op import op_name
 from .calibrate import run_instrumented
-from .graph import Graph, op_name, prepare
+from .graph import Graph, prepare
 
 # What a kernel's epilogue consists of, from its sum to the tensor it stores.
 _EPILOGUE = frozenset(

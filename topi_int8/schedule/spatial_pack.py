@@ -22,8 +22,7 @@ from ..compute.conv2d import PackedConv2d, conv2d
 
 @dataclass(frozen=True)
 class Tile:
-    """A register tile: output rows x columns, blocks of output channels, and vectors in each block.
-    """
+    """A register tile: rows x columns of output, blocks of channels, and vectors in each block."""
 
     height: int
     width: int

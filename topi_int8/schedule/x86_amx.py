@@ -138,7 +138,7 @@ def schedule(conv: PackedConv2d, block: x86_amx.AmxBlock, ask_permission: bool) 
     for name in ("pad", "crop"):
         if name in names:
             copy_stage(sch, compat.get_block(sch, name))
-    return with_tile_state(finish(sch), block, ask_permission)
+    return with_tile_state(finish(sch), block, int(conv.needs_pad), ask_permission)
 
 
 def iterating(sch: Any, loops: list[Any]) -> Any:
@@ -153,25 +153,20 @@ def iterating(sch: Any, loops: list[Any]) -> Any:
     return wide[0]
 
 
-def with_tile_state(func: Any, block: x86_amx.AmxBlock, ask_permission: bool) -> Any:
-    """Return the function with tiles configured at the start of each parallel task that uses them.
+def with_tile_state(
+    func: Any, block: x86_amx.AmxBlock, position: int, ask_permission: bool
+) -> Any:
+    """Return the function with tiles configured at the start of each task of one parallel loop.
 
-    Tile configuration is per thread, so it stands inside the parallel loop.
+    `position` says which of the function's loops uses tiles. Tile configuration is per thread, so
+    it stands inside the loop.
     """
 
-    def configured(stmt: Any) -> Any:
-        if not uses_tiles(stmt):
-            return stmt
-        steps = [x86_amx.configure(block), stmt.body, x86_amx.release()]
-        return compat.with_body(stmt, tir.SeqStmt(steps))
-
     def rewrite(stmts: list[Any]) -> list[Any]:
+        loop = stmts[position]
+        steps = [x86_amx.configure(block), loop.body, x86_amx.release()]
+        configured = compat.with_body(loop, tir.SeqStmt(steps))
         first = [x86_amx.request_permission()] if ask_permission else []
-        return [*first, *(configured(stmt) for stmt in stmts)]
+        return [*first, *stmts[:position], configured, *stmts[position + 1 :]]
 
     return func.with_body(compat.rewrite_root(func.body, rewrite))
-
-
-def uses_tiles(stmt: Any) -> bool:
-    """Whether a statement contains an AMX intrinsic."""
-    return "tilezero" in str(stmt)

@@ -14,7 +14,8 @@ import numpy as np
 from tvm import relax, tirx
 
 from .. import op
-from ._qdq_graph import Graph, op_name, static_shape
+from ..op import op_name, static_shape
+from ._qdq_graph import Graph
 from ._qdq_values import INF, QParams, channel_vector, narrow, scalar
 
 # |bias| beyond this could overflow int32 together with the sum; such a bias is added in float.

@@ -9,8 +9,8 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from .. import op
+from ..op import op_name, static_shape
 from ..workload import DTYPE_RANGE
-from ._qdq_graph import op_name, static_shape
 from ._qdq_values import Bounds, QParams, View, narrow
 
 

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax
-from tvm.ir import GenericConst, Op
+from tvm.ir import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
-from ..op import shape_of
-
-
-def op_name(expr: Any) -> str:
-    """Return the operator's name of a call, "" for anything else."""
-    is_call = isinstance(expr, relax.Call) and isinstance(expr.op, Op)
-    return str(expr.op.name) if is_call else ""
-
-
-def static_shape(expr: Any) -> tuple[int, ...] | None:
-    """Return the shape of a tensor whose dimensions are all known; None otherwise."""
-    try:
-        return shape_of(expr)
-    except (ValueError, AttributeError):
-        return None
+from ..op import op_name
 
 
 def quantize_key(call: relax.Call) -> tuple | None:

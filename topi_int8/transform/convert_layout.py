@@ -17,7 +17,7 @@ from typing import Any
 
 import tvm
 from tvm import relax
-from tvm.ir import GenericConst, Op
+from tvm.ir import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
@@ -54,10 +54,6 @@ def _is_read(layout: str) -> bool:
 def _is_written(layout: str) -> bool:
     block = Layout.parse(layout).block
     return block > 0 and block % 16 == 0
-
-
-def _name(call: Any) -> str:
-    return call.op.name if isinstance(call, relax.Call) and isinstance(call.op, Op) else ""
 
 
 @tvm.transform.module_pass(opt_level=0, name="topi_int8.ConvertLayout")
@@ -122,7 +118,7 @@ class _Converter(PyExprMutator):
                 super().visit_var_binding_(binding)
             self.images[binding.var] = self.images[call]
             return
-        handler = _HANDLERS.get(_name(call))
+        handler = _HANDLERS.get(op.op_name(call))
         converted = handler(self, call) if handler else None
         if converted is None:
             super().visit_var_binding_(binding)
@@ -176,8 +172,7 @@ class _Converter(PyExprMutator):
         return op.layout_transform(value, source, layout, image.channels)
 
     def packed_operand(self, expr: Any, logical: str, channels: int, entry: bool = False) -> str:
-        """Return the packed layout to read an operand in: the one it has, else the target's choice.
-        """
+        """Return the packed layout to read an operand in: its own, else the target's choice."""
         image = self.image(expr, logical, channels)
         if image.packed:
             return image.packed
@@ -207,12 +202,7 @@ Handler = Callable[[_Converter, relax.Call], "tuple[relax.Call, Image] | None"]
 
 
 def _static(*exprs: Any) -> bool:
-    try:
-        for expr in exprs:
-            op.shape_of(expr)
-    except (ValueError, AttributeError):
-        return False
-    return True
+    return all(op.static_shape(expr) is not None for expr in exprs)
 
 
 def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
@@ -248,7 +238,7 @@ def _elementwise(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image]
     shape, layout = op.shape_of(first), leader.packed
     if op.shape_of(call) != shape:
         return None
-    per_channel = _name(call) not in _PER_TENSOR
+    per_channel = op.op_name(call) not in _PER_TENSOR
     args = [_beside(conv, arg, shape, leader, per_channel) for arg in call.args]
     if any(arg is None for arg in args):
         return None

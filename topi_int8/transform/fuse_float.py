@@ -13,9 +13,10 @@ from tvm.ir import GenericConst
 
 from .. import op
 from ..layout import Layout
+from ..op import op_name, static_shape
 from ._qdq_chain import Chain, ChainBook, conv2d_attrs
 from ._qdq_emit import constant, is_static
-from ._qdq_graph import Graph, op_name, rewrite_functions, static_shape
+from ._qdq_graph import Graph, rewrite_functions
 from ._qdq_values import KernelLayout, fold_move, folds
 
 _CLIPS = ("relax.nn.relu", "relax.nn.relu6", "relax.clip", "relax.maximum", "relax.minimum")

@@ -24,6 +24,7 @@ from tvm.ir import GenericConst
 
 from .. import op
 from ..layout import Layout
+from ..op import op_name, static_shape
 from ..workload import INT8_DTYPES
 from ._qdq_chain import Chain, ChainBook, Residual, clip_of, conv2d_attrs
 from ._qdq_emit import (
@@ -36,7 +37,7 @@ from ._qdq_emit import (
     requantized,
     stored,
 )
-from ._qdq_graph import Graph, op_name, rewrite_functions, static_shape
+from ._qdq_graph import Graph, rewrite_functions
 from ._qdq_values import (
     NO_BOUNDS,
     Bounds,

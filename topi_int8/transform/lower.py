@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import GenericConst, Op
+from tvm.ir import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from .. import op, strategy
 from ..compute import elementwise, pack
+from ..compute.depthwise import PackedDepthwise
 from ..layout import Layout
 from ..strategy import Blocks, Decision, Kernel, MatmulPacking
 from ..target import Features, features
@@ -131,30 +132,28 @@ class _Lowering(PyExprMutator):
         weight = self.builder_.normalize(_oihw_expr(weight, attrs))
         packing = kernel.packing
 
+        is_depthwise = isinstance(packing, PackedDepthwise)
+        conv = packing.conv if isinstance(packing, MatmulPacking) else packing
+
+        def oihw(w: Any) -> Any:
+            if not isinstance(packing, MatmulPacking):
+                return w
+            work = packing.work
+            return pack.matmul_weight_as_oihw(
+                w, work.batch, work.n, work.k, conv.out_block,
+                work.transpose_b, work.weight_zero_point,
+            )  # fmt: skip
+
         def weight_te(w: Any) -> Any:
-            if isinstance(packing, MatmulPacking):
-                work, conv = packing.work, packing.conv
-                oihw = pack.matmul_weight_as_oihw(
-                    w, work.batch, work.n, work.k, conv.out_block,
-                    work.transpose_b, work.weight_zero_point,
-                )  # fmt: skip
-                return pack.pack_weight(conv, oihw)
-            if hasattr(packing, "padded"):
-                return pack.pack_depthwise_weight(packing, w)
-            return pack.pack_weight(packing, w)
+            packer = pack.pack_depthwise_weight if is_depthwise else pack.pack_weight
+            return packer(conv, oihw(w))
 
         args = [self.builder_.emit_te(weight_te, weight, primfunc_name_hint="pack_weight")]
         if kernel.takes_bias:
-            conv = getattr(packing, "conv", None) or getattr(packing, "padded", packing)
 
             def bias_te(w: Any, *b: Any) -> Any:
-                if isinstance(packing, MatmulPacking):
-                    work = packing.work
-                    w = pack.matmul_weight_as_oihw(
-                        w, work.batch, work.n, work.k, conv.out_block,
-                        work.transpose_b, work.weight_zero_point,
-                    )  # fmt: skip
-                return pack.pack_bias(conv, w, b[0] if b else None)
+                padded = conv.padded if is_depthwise else conv
+                return pack.pack_bias(padded, oihw(w), b[0] if b else None)
 
             operands = [weight] if bias is None else [weight, bias]
             args.append(self.builder_.emit_te(bias_te, *operands, primfunc_name_hint="pack_bias"))
@@ -175,11 +174,11 @@ class _Lowering(PyExprMutator):
         )
 
     def matmul(self, call: relax.Call) -> Any:
-        """Lower a matmul: its tensors are seen as the five-dimensional ones of a 1x1 convolution.
-        """
+        """Lower a matmul: its tensors are seen as the five-dimensional ones of a convolution."""
         named, shape = op.operands(call), op.shape_of(call)
-        work = op.matmul_workload(call)
-        kernel, func = self.kernel(decide(call, self.feats), None)
+        decision = decide(call, self.feats)
+        work = decision.work
+        kernel, func = self.kernel(decision, None)
 
         def view(expr: Any, width: int) -> Any:
             return self.builder_.emit(relax.op.reshape(expr, (1, work.batch, 1, work.m, width)))
@@ -205,7 +204,7 @@ class _Lowering(PyExprMutator):
 
         TVM's own legalization rounds half away from zero.
         """
-        if not isinstance(call.op, Op) or call.op.name != "relax.quantize":
+        if op.op_name(call) != "relax.quantize":
             return call
         params = [a.value.numpy() for a in call.args[1:] if isinstance(a, GenericConst)]
         dtype, source = str(call.attrs.out_dtype), str(call.args[0].ty.dtype)
@@ -250,7 +249,7 @@ class _Lowering(PyExprMutator):
 
 def _refuse_packed(call: relax.Call) -> None:
     """Raise ValueError for a packed convolution that is left: TVM has no kernel for it either."""
-    if not isinstance(call.op, Op) or call.op.name != "relax.nn.conv2d":
+    if op.op_name(call) != "relax.nn.conv2d":
         return
     layout = str(call.attrs.data_layout)
     if len(layout) > 4:
