@@ -13,6 +13,7 @@ Template tokens of that text: ``{PF}`` the prim_func decorator, ``{block}`` the 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,10 +46,10 @@ def parse_prim_func(text: str) -> Any:
         text = re.sub(r"\{NSIG:\d+\}\s*", "", text)
         # The parser inspects each frame of the stack, for milliseconds; a new thread has few.
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(tvm.script.from_source, text, {"T": T}).result()
+            return pool.submit(tvm.script.from_source, text, {"T": T, "tir": tir}).result()
     text = text.replace("{PF}", "@T.prim_func").replace("{block}", "T.block")
     text = re.sub(r"\{NSIG:(\d+)\}", r"T.uint32(\1),", text)
-    return tvm.script.from_source(text, {"T": T})
+    return tvm.script.from_source(text, {"T": T, "tir": tir})
 
 
 def get_block(sch: Any, name: str) -> Any:
@@ -79,10 +80,12 @@ def dtype_of(expr: Any) -> str:
     return str(expr.ty.dtype)
 
 
-def register_intrin(name: str, desc: Any, impl: Any) -> None:
-    """Register a tensor intrinsic unless one of that name is already there."""
+def register_intrin(name: str, make: Callable[[], tuple[Any, Any]]) -> str:
+    """Register the tensor intrinsic (desc, impl) unless one of that name is there; return the name.
+    """
     if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, desc, impl)
+        TensorIntrin.register(name, *make())
+    return name
 
 
 def first_block(func: Any) -> Any:
@@ -107,10 +110,43 @@ def extern_statement(name: str, *args: int) -> Any:
     return tir.Evaluate(tir.call_extern("int64", name, *values))
 
 
-def with_body(loop: Any, body: Any) -> Any:
-    """Return the loop with another body."""
-    args = [loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding]
+def replace_annotated_loops(func: Any, key: str, make: Any) -> Any:
+    """Return the function with each loop that has this annotation replaced by ``make(loop)``.
+
+    Loops inside blocks other than the root are not looked at.
+    """
+
+    def visit(stmt: Any) -> Any:
+        if isinstance(stmt, tir.SeqStmt):
+            return tir.SeqStmt([visit(inner) for inner in stmt])
+        if not isinstance(stmt, tir.For):
+            return stmt
+        return make(stmt) if key in stmt.annotations else with_body(stmt, visit(stmt.body))
+
+    return func.with_body(rewrite_root(func.body, lambda stmts: [visit(s) for s in stmts]))
+
+
+def with_body(loop: Any, body: Any, extent: Any = None) -> Any:
+    """Return the loop with another body (and extent)."""
+    extent = loop.extent if extent is None else extent
+    args = [loop.loop_var, loop.min, extent, loop.kind, body, loop.thread_binding]
     return tir.For(*args, loop.annotations)
+
+
+def unknown_to_llvm(value: int) -> Any:
+    """Return an int32 expression that is `value`, which LLVM cannot tell.
+
+    The value, plus 65536 if this function had no return address: loops of a known bound are
+    unrolled to it. LLVM has metadata for loops to leave alone; TVM emits none.
+    """
+    ident = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.returnaddress")
+    signature = [] if IS_RELAX else [tir.const(1, "uint32")]
+    level = tir.const(0, "int32")
+    caller = tir.call_llvm_pure_intrin(
+        "handle", tir.const(ident, "uint32"), *signature, level
+    )
+    absent = tir.isnullptr(caller)
+    return tir.const(value, "int32") + absent.astype("int32") * tir.const(65536, "int32")
 
 
 def rewrite_root(body: Any, rewrite: Any) -> Any:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import compat
+from . import block_text, compat
 
 _NAME = {"uint8": "u", "int8": "s"}
 TILES = 8
@@ -96,6 +96,21 @@ class AmxBlock:
         return self.m_tiles * self.n_tiles
 
     @property
+    def columns(self) -> int:
+        """Output columns of the block."""
+        return self.tiles_w * self.rows
+
+    @property
+    def channels(self) -> int:
+        """Output channels of the block inside one channel block."""
+        return self.oc_tiles * 16
+
+    @property
+    def rows_k(self) -> int:
+        """Rows of packed weights in a step."""
+        return self.k // 4
+
+    @property
     def name(self) -> str:
         """Suffix that tells this block from every other."""
         return (
@@ -143,45 +158,16 @@ class AmxBlock:
         }
         texts = {name: str(shape) for name, shape in shapes.items()}
         for name, shape in shapes.items():
-            texts["R" + name] = f"{name}[{', '.join(f'0:{extent}' for extent in shape)}]"
+            texts["R" + name] = block_text.region(name, shape)
         return texts
 
     def _nest(self, block: str, reduce: bool, statement: str) -> list[str]:
-        """Return the loops of a desc around one statement, its iterators named v?.
-
-        Iterators of extent 1 are left out: tensorize has moved them outside by the time it
-        compares.
-        """
+        """Return the loops of a desc around one statement, its iterators named v?."""
         extents = {"b": self.oc_blocks, "h": self.rows_h, "x": self.tiles_w * self.rows}
         extents["o"] = self.oc_tiles * 16
         if reduce:
             extents |= {"i": self.k // 4, "j": 4}
-        kept = [name for name, extent in extents.items() if extent > 1]
-        for name in extents.keys() - set(kept):
-            statement = statement.replace(f"v{name}", "0")
-        loops = ", ".join(str(extents[name]) for name in kept)
-        kinds = "".join("R" if name in "ij" else "S" for name in kept)
-        variables, iters = ", ".join(kept), ", ".join(f"v{name}" for name in kept)
-        return [
-            f"for {variables} in T.grid({loops}):",
-            f'    with {{block}}("{block}"):',
-            f'        {iters} = T.axis.remap("{kinds}", [{variables}])',
-            f"        {statement}",
-        ]
-
-    def _function(self, buffers: str, reads: str, writes: str, body: list[str]) -> object:
-        params = {"a": "A", "b": "B", "c": "C", "o": "O"}
-        handles = ", ".join(f"{p}: T.handle" for p in params if f"{params[p]} = " in buffers)
-        lines = [
-            "{PF}",
-            f"def func({handles}) -> None:",
-            *(f"    {line}" for line in buffers.splitlines()),
-            '    with {block}("root"):',
-            f"        T.reads({reads})",
-            f"        T.writes({writes})",
-            *(f"        {line}" for line in body),
-        ]
-        return compat.parse_prim_func("\n".join(lines) + "\n")
+        return block_text.nest(block, extents, "ij", statement)
 
     def _buffer(self, name: str, dtype: str, strides: str | None, scope: str = "global") -> str:
         shape = self._shapes()["C" if name == "O" else name]
@@ -197,7 +183,7 @@ class AmxBlock:
         c = self._buffer("C", "int32", None, "local")
         desc = self._nest("init", False, "C[vb, vh, vx, vo] = T.int32(0)")
         impl = [_llvm("tilezero", f"T.uint8({tile})") for tile in range(self.c_tiles)]
-        return self._function(c, "", s["RC"], desc), self._function(c, "", s["RC"], impl)
+        return block_text.function(c, "", s["RC"], desc), block_text.function(c, "", s["RC"], impl)
 
     def dot(self) -> tuple[object, object]:
         """Return (desc, impl) of one multiply-accumulate step."""
@@ -222,8 +208,8 @@ class AmxBlock:
         step = f'{c} = {c} + T.Cast("int32", {strided}) * T.Cast("int32", {weight})'
         desc = self._nest("update", True, step)
         return (
-            self._function(buffers, reads, s["RC"], desc),
-            self._function(buffers, reads, s["RC"], self._dot_body()),
+            block_text.function(buffers, reads, s["RC"], desc),
+            block_text.function(buffers, reads, s["RC"], self._dot_body()),
         )
 
     def _dot_body(self) -> list[str]:
@@ -281,18 +267,13 @@ class AmxBlock:
                 stride = 'T.Cast("int64", sx * 4)'
                 impl.append(_llvm("tilestored64", f"T.uint8({self._c(m, n)})", address, stride))
         return (
-            self._function(buffers, s["RC"], writes, desc),
-            self._function(buffers, s["RC"], writes, impl),
+            block_text.function(buffers, s["RC"], writes, desc),
+            block_text.function(buffers, s["RC"], writes, impl),
         )
 
     def register(self) -> tuple[str, str, str]:
         """Register zero, dot and store (once) and return their names."""
-        names = []
-        for what in ("zero", "dot", "store"):
-            name = f"topi_int8.{what}_{self.name}"
-            compat.register_intrin(name, *getattr(self, what)())
-            names.append(name)
-        return names[0], names[1], names[2]
+        return block_text.register(self)
 
 
 def configure(block: AmxBlock) -> object:

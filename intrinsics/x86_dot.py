@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import compat
+from .block_text import llvm_call
 
 _HEAD = """
 {PF}
@@ -120,14 +121,9 @@ class DotIntrinsic:
 
     def register(self) -> str:
         """Register with TVM's TensorIntrin registry (once) and return the name."""
-        name = f"topi_int8.{self.name}"
-        compat.register_intrin(name, self.desc(), self.impl())
-        return name
-
-
-def _call(name: str, nsig: int, dtype: str, *args: str) -> str:
-    found = f'T.llvm_lookup_intrinsic_id("llvm.x86.{name}")'
-    return f'T.call_llvm_pure_intrin({found}, {{NSIG:{nsig}}} {", ".join(args)}, dtype="{dtype}")'
+        return compat.register_intrin(
+            f"topi_int8.{self.name}", lambda: (self.desc(), self.impl())
+        )
 
 
 def _vpdpbusd(bits: int) -> str:
@@ -136,13 +132,13 @@ def _vpdpbusd(bits: int) -> str:
     a, b = ("<a>", "<b>") if compat.llvm_major() >= 22 else ("<a32>", "<b32>")
     if compat.llvm_major() >= 22:
         a = f'T.reinterpret("int8x{count}", <a32>)'
-    return _call(f"avx512.vpdpbusd.{bits}", 3, f"int32x{lanes}", "<acc>", a, b)
+    return llvm_call(f"x86.avx512.vpdpbusd.{bits}", f"int32x{lanes}", "<acc>", a, b)
 
 
 def _vpmaddwd(bits: int) -> str:
     lanes = bits // 32
     name = "avx512.pmaddw.d.512" if bits == 512 else "avx2.pmadd.wd"
-    return f"<acc> + {_call(name, 2, f'int32x{lanes}', '<a>', '<b>')}"
+    return f"<acc> + {llvm_call(f'x86.{name}', f'int32x{lanes}', '<a>', '<b>')}"
 
 
 def _vpmaddubsw(bits: int) -> str:
@@ -153,9 +149,9 @@ def _vpmaddubsw(bits: int) -> str:
         if bits == 512
         else ("avx2.pmadd.ub.sw", "avx2.pmadd.wd")
     )
-    pairs = _call(ubsw, 2, f"int16x{halves}", "<a>", "<b>")
+    pairs = llvm_call(f"x86.{ubsw}", f"int16x{halves}", "<a>", "<b>")
     ones = f'T.Broadcast(T.Cast("int16", 1), {halves})'
-    return f"<acc> + {_call(wd, 2, f'int32x{lanes}', pairs, ones)}"
+    return f"<acc> + {llvm_call(f'x86.{wd}', f'int32x{lanes}', pairs, ones)}"
 
 
 def _table() -> dict[str, DotIntrinsic]:

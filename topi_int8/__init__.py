@@ -8,6 +8,7 @@ from . import _requirements
 
 _requirements.check()  # before anything imports tvm: a wrong pair would crash later, without a word
 
+from . import target  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .explain import explain, library_counts  # noqa: E402
 from .override import disable, disabled, enable, is_enabled  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "library_counts",
     "pipeline",
     "quantize",
+    "target",
 ]
 
 enable()

@@ -30,10 +30,19 @@ def _processors() -> Iterator[dict[str, str]]:
             yield entry
 
 
-def machine() -> str:
-    """The architecture of this process, in LLVM's spelling (x86_64, aarch64, ...)."""
-    name = platform.machine().lower()
+def architecture(name: str) -> str:
+    """Our spelling (x86_64, aarch64, arm, ...) of what a kernel or an LLVM triple calls it.
+
+    32-bit ARM has one name; a 32-bit process under a 64-bit kernel says armv8l.
+    """
+    if name.startswith(("armv", "thumbv")) or name == "thumb":
+        return "arm"
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def machine() -> str:
+    """The architecture of this process, in our spelling."""
+    return architecture(platform.machine().lower())
 
 
 def cpu_flags() -> frozenset[str]:
@@ -43,7 +52,9 @@ def cpu_flags() -> frozenset[str]:
     (AMX tiles excepted, see `amx_permitted`). The intersection is taken because cores of one CPU
     may differ.
     """
-    cores = [frozenset(entry.get("flags", "").split()) for entry in _processors()]
+    cores = [
+        frozenset(entry.get("flags", entry.get("Features", "")).split()) for entry in _processors()
+    ]
     return frozenset.intersection(*cores) if cores else frozenset()
 
 

@@ -169,7 +169,9 @@ _SLOW = {
 }
 
 
-def explain(mod: tvm.IRModule, target: Target | str | dict, show: bool = True) -> Explanation:
+def explain(
+    mod: tvm.IRModule, target: Target | str | dict, show: bool = True, layout: str = "NCHWc"
+) -> Explanation:
     """Say which strategy each operator of a model gets on a target, and why not a faster one.
 
     Parameters
@@ -180,6 +182,8 @@ def explain(mod: tvm.IRModule, target: Target | str | dict, show: bool = True) -
         An ``llvm`` CPU target.
     show : bool
         Print the tables too.
+    layout : str
+        As `pipeline`'s.
 
     Returns
     -------
@@ -188,12 +192,12 @@ def explain(mod: tvm.IRModule, target: Target | str | dict, show: bool = True) -
     Raises
     ------
     ValueError
-        For a target that is not an LLVM CPU.
+        For a target that is not an LLVM CPU, or another layout.
     """
     target = target if isinstance(target, Target) else Target(target)
     feats = features(target)
     with target:
-        mod = tvm.transform.Sequential(integer_passes(target))(mod)
+        mod = tvm.transform.Sequential(integer_passes(target, layout))(mod)
         rows: list[Row] = []
         others: Counter = Counter()
 
@@ -218,7 +222,7 @@ def explain(mod: tvm.IRModule, target: Target | str | dict, show: bool = True) -
                 relax.analysis.post_order_visit(func, visit)
         final = tvm.transform.Sequential(
             [
-                Lower(target),
+                Lower(target, layout),
                 relax.transform.LegalizeOps(),
                 relax.transform.AnnotateTIROpPattern(),
                 relax.transform.FuseOps(),
@@ -252,7 +256,9 @@ def _describe(target: Target, feats: Any) -> str:
 # Instructions that multiply 8- or 16-bit integers into 32-bit sums.
 _DOT = re.compile(
     r"^\s+(?:\{e?vex\}\s+)?(vpdpbusds?|vpdpwssds?|tdpb[us][us]d|vpmaddubsw|v?pmaddwd|v?pmaddubsw"
-    r"|[su]dot|usdot|smmla|ummla|usmmla|smull2?|smlal2?|sadalp|vmull\.s8|vmlal\.s16)\b",
+    r"|vmull\.[su]8|vmlal\.[su](?:8|16)|vpadal\.[su]16"
+    # on vectors: general registers have a smull and a smmla of their own
+    r"|(?:[su]dot|usdot|smmla|ummla|usmmla|[su]mull2?|[su]mlal2?|[su]adalp)(?=\s+v\d))\b",
     re.MULTILINE,
 )
 _TYPE = re.compile(

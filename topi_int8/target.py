@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.target import Target, codegen
 
-from . import _host
+from . import _host, target_names
 
 MAX_ISA_VARIABLE = "TOPI_INT8_MAX_ISA"
 GENERIC = "generic"
@@ -31,9 +33,11 @@ LEVELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 # Features beyond the levels that a kernel, or LLVM on its behalf, may use.
 BEYOND_LEVELS = ("avx512vnni", "avx512vbmi", "avx512vbmi2", "avxvnni", "amx-tile", "amx-int8")
+ARM_FEATURES = ("neon", "dotprod", "i8mm")
 
 # LLVM's name -> the flag in /proc/cpuinfo, where they differ.
 KERNEL_FLAG: Mapping[str, str] = {
+    "dotprod": "asimddp",
     "sse3": "pni",
     "sse4.1": "sse4_1",
     "sse4.2": "sse4_2",
@@ -63,11 +67,13 @@ class Isa:
     needs : tuple of frozenset of str
         LLVM features; a Target that has all of any one set has this ISA.
     level : str
-        psABI level of the canonical Target.
+        psABI level of the canonical Target; empty off x86-64.
     adds : tuple of str
         LLVM features of the canonical Target beyond its level.
     host_adds : tuple of str
         Further features `host_target` may name under a cap of this ISA, where the CPU has them.
+    arch : str
+        Architecture of the canonical Target.
     """
 
     name: str
@@ -75,20 +81,23 @@ class Isa:
     level: str
     adds: tuple[str, ...] = ()
     host_adds: tuple[str, ...] = ()
+    arch: str = "x86_64"
 
     def __post_init__(self) -> None:
         if not self.needs or any(not alternative for alternative in self.needs):
             raise ValueError(f"{self.name}: needs is empty; that would hold for every Target")
-        if self.level not in dict(LEVELS):
-            raise ValueError(f"{self.name}: level is {self.level!r}; allowed: {list(dict(LEVELS))}")
-        unknown = set(self.adds + self.host_adds) - set(BEYOND_LEVELS)
+        levels = list(dict(LEVELS)) if self.arch == "x86_64" else [""]
+        if self.level not in levels:
+            raise ValueError(f"{self.name}: level is {self.level!r}; allowed: {levels}")
+        allowed = BEYOND_LEVELS if self.arch == "x86_64" else ARM_FEATURES
+        unknown = set(self.adds + self.host_adds) - set(allowed)
         if unknown:
-            raise ValueError(f"{self.name}: {sorted(unknown)} are not in BEYOND_LEVELS")
+            raise ValueError(f"{self.name}: {sorted(unknown)} are not in {allowed}")
 
     @property
     def features(self) -> tuple[str, ...]:
-        """LLVM features of the canonical Target beyond plain x86-64."""
-        return _level_features(self.level) + self.adds
+        """LLVM features of the canonical Target beyond the plainest one of its architecture."""
+        return (_level_features(self.level) if self.level else ()) + self.adds
 
 
 def _level_features(level: str) -> tuple[str, ...]:
@@ -141,11 +150,38 @@ _TEST_ISAS: tuple[Isa, ...] = (
     ),
 )
 
-# Fastest first. An architecture without a table has the generic strategies alone.
-ISAS: Mapping[str, tuple[Isa, ...]] = {"x86_64": X86_ISAS}
 
-_BY_NAME: Mapping[str, Isa] = {isa.name: isa for isa in X86_ISAS}
-_CANONICAL: Mapping[str, Isa] = {isa.name: isa for isa in X86_ISAS + _TEST_ISAS}
+def _arm_isas(arch: str, *rows: tuple[str, tuple[str, ...]]) -> tuple[Isa, ...]:
+    return tuple(
+        Isa(name, needs=(frozenset(features),), level="", adds=features, arch=arch)
+        for name, features in rows
+    )
+
+
+# Matrix multiply is never without dot product: the kernels of one layer may use both.
+AARCH64_ISAS = _arm_isas(
+    "aarch64",
+    ("neon_i8mm", ("neon", "dotprod", "i8mm")),
+    ("neon_dotprod", ("neon", "dotprod")),
+    ("neon", ("neon",)),
+)
+ARM_ISAS = _arm_isas("arm", ("armv7_neon", ("neon",)))
+
+# Fastest first. An architecture without a table has the generic strategies alone.
+ISAS: Mapping[str, tuple[Isa, ...]] = {
+    "x86_64": X86_ISAS, "aarch64": AARCH64_ISAS, "arm": ARM_ISAS,
+}  # fmt: skip
+
+# What `isa_target` and `host_target` compile for, off x86-64. 32-bit: hard floats, as distributions
+# have them.
+_ARM_CONFIG: Mapping[str, Mapping[str, Any]] = {
+    "aarch64": {"kind": "llvm", "mtriple": "aarch64-linux-gnu"},
+    "arm": {"kind": "llvm", "mtriple": "armv7a-linux-gnueabihf", "mfloat-abi": "hard"},
+}
+
+_CANONICAL: Mapping[str, Isa] = {
+    isa.name: isa for isa in X86_ISAS + _TEST_ISAS + AARCH64_ISAS + ARM_ISAS
+}
 
 
 @dataclass(frozen=True)
@@ -218,12 +254,16 @@ def features(target: Target | str | Mapping[str, Any]) -> Features:
 def _features(text: str) -> Features:
     target = Target(text)
     triple = str(target.attrs.get("mtriple", codegen.llvm_get_system_triple()))
-    name = triple.split("-", 1)[0]
-    arch = {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+    arch = _arch_of(triple)
     llvm = frozenset(map(str, codegen.llvm_get_cpu_features(target)))
     table = ISAS.get(arch, ())
     isas = [isa.name for isa in table if any(needs <= llvm for needs in isa.needs)]
     return Features(arch, llvm, tuple(isas) if GENERIC in isas else (*isas, GENERIC))
+
+
+def _arch_of(triple: str) -> str:
+    """Return the architecture of a triple in our spelling."""
+    return _host.architecture(triple.split("-", 1)[0])
 
 
 def _x86_triple() -> str:
@@ -244,24 +284,38 @@ def _x86_target(wanted: frozenset[str], num_cores: int | None = None) -> Target:
     return Target(config)
 
 
+def _arm_target(arch: str, wanted: frozenset[str], num_cores: int | None = None) -> Target:
+    """The Target of an ARM architecture that names exactly `wanted`; the host's if it has cores."""
+    config = dict(_ARM_CONFIG[arch])
+    system = str(codegen.llvm_get_system_triple())
+    if num_cores is not None and _arch_of(system) == arch:
+        config["mtriple"] = system  # the host's own: it need not be Linux
+    config["mattr"] = [f"+{name}" for name in ARM_FEATURES if name in wanted]
+    if num_cores is not None:
+        config["num-cores"] = num_cores
+    return Target(config)
+
+
 def isa_target(isa: str) -> Target:
-    """The canonical Target of one x86 instruction set, the same on every machine.
+    """The canonical Target of one instruction set, the same on every machine.
 
     Parameters
     ----------
     isa : str
-        A name of `Features.isas`, or ``"amx_int8_avx2"``: AMX without AVX-512, which no CPU is, for
-        tests that emulate the tile instructions on an AVX2 machine.
+        A name of `Features.isas` ("generic" is x86-64's), or ``"amx_int8_avx2"``: AMX without
+        AVX-512, which no CPU is, for tests that emulate the tile instructions on an AVX2 machine.
 
     Raises
     ------
     ValueError
         When there is no such name.
     """
-    return _x86_target(frozenset(_lookup(_CANONICAL, "isa", isa).features))
+    row = _lookup(_CANONICAL, "isa", isa)
+    wanted = frozenset(row.features)
+    return _x86_target(wanted) if row.arch == "x86_64" else _arm_target(row.arch, wanted)
 
 
-def _lookup(table: Mapping[str, Isa], argument: str, name: str) -> Isa:
+def _lookup(table: Mapping[str, Any], argument: str, name: str) -> Any:
     if name not in table:
         raise ValueError(f"{argument} is {name!r}; allowed: {', '.join(table)}")
     return table[name]
@@ -270,6 +324,8 @@ def _lookup(table: Mapping[str, Isa], argument: str, name: str) -> Isa:
 def _host_features(cap: Isa) -> frozenset[str]:
     """LLVM features that this CPU has and `cap` allows."""
     flags = _host.cpu_flags()
+    if "asimd" in flags:
+        flags |= {"neon"}  # as 32-bit kernels, and LLVM, call it
     allowed = cap.features + cap.host_adds
     present = {name for name in allowed if KERNEL_FLAG.get(name, name) in flags}
     tiles = {name for name in present if name.startswith("amx-")}
@@ -284,7 +340,7 @@ def runs_here(isa: str) -> bool:
     uses.
     """
     row = _lookup(_CANONICAL, "isa", isa)
-    return _host.machine() == "x86_64" and _host_features(row).issuperset(row.features)
+    return _host.machine() == row.arch and _host_features(row).issuperset(row.features)
 
 
 def host_target(max_isa: str | None = None, num_cores: int | None = None) -> Target:
@@ -293,9 +349,9 @@ def host_target(max_isa: str | None = None, num_cores: int | None = None) -> Tar
     Parameters
     ----------
     max_isa : str, optional
-        Name nothing beyond this instruction set (one of amx_int8, avx512_vnni, avx_vnni, avx512_bw,
-        avx2, generic), as ONEDNN_MAX_CPU_ISA does. Default: the environment variable
-        TOPI_INT8_MAX_ISA, or no cap.
+        Name nothing beyond this instruction set (on x86-64 one of amx_int8, avx512_vnni, avx_vnni,
+        avx512_bw, avx2, generic; on ARM neon_i8mm, neon_dotprod, neon, or armv7_neon), as
+        ONEDNN_MAX_CPU_ISA does. Default: the environment variable TOPI_INT8_MAX_ISA, or no cap.
     num_cores : int, optional
         The Target's num-cores. Default: the physical cores this process may run on.
 
@@ -306,16 +362,60 @@ def host_target(max_isa: str | None = None, num_cores: int | None = None) -> Tar
 
     Notes
     -----
-    Where the kernel lists no flags (it is not Linux) the Target is plain x86-64, and off
-    x86-64 it is TVM's plain ``llvm``: both get the generic strategies.
+    Where the kernel lists no flags (it is not Linux) the Target is plain x86-64, or AArch64 with
+    NEON, which all of them have; on other architectures it is TVM's plain ``llvm``, which gets the
+    generic strategies.
     """
     argument = "max_isa"
     if max_isa is None and os.environ.get(MAX_ISA_VARIABLE):
         max_isa, argument = os.environ[MAX_ISA_VARIABLE], MAX_ISA_VARIABLE
-    cap = X86_ISAS[0] if max_isa is None else _lookup(_BY_NAME, argument, max_isa)
+    arch = _host.machine()
+    table = {isa.name: isa for isa in ISAS.get(arch, X86_ISAS)}
+    cap = next(iter(table.values())) if max_isa is None else _lookup(table, argument, max_isa)
     if num_cores is not None and num_cores < 1:
         raise ValueError(f"num_cores is {num_cores}; allowed: 1 or more")
     cores = _host.physical_cores() if num_cores is None else num_cores
-    if _host.machine() != "x86_64":
-        return Target({"kind": "llvm", "num-cores": cores})
-    return _x86_target(_host_features(cap), cores)
+    if arch == "x86_64":
+        return _x86_target(_host_features(cap), cores)
+    if arch in _ARM_CONFIG:
+        baseline = {"neon"} if arch == "aarch64" else set()
+        return _arm_target(arch, _host_features(cap) | baseline, cores)
+    return Target({"kind": "llvm", "num-cores": cores})
+
+
+def named(name: str, num_cores: int | None = None) -> Target:
+    """The Target of a CPU core, a board or a cloud's machine, by name.
+
+    Parameters
+    ----------
+    name : str
+        As "cortex-a72", "neoverse-n1", "rpi4", "graviton3": see `topi_int8.target_names`.
+    num_cores : int, optional
+        The Target's num-cores. Default: the board's; TVM's own default for a bare core.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not in the table, or a `num_cores` below 1.
+
+    Examples
+    --------
+    >>> topi_int8.target("cortex-a72")     # the module is callable: the same function
+    """
+    core = _lookup(target_names.TARGETS, "name", name)
+    if num_cores is not None and num_cores < 1:
+        raise ValueError(f"num_cores is {num_cores}; allowed: 1 or more")
+    config = core.config()
+    if num_cores is not None:
+        config["num-cores"] = num_cores
+    return Target(config)
+
+
+class _CallableModule(types.ModuleType):
+    """Lets ``topi_int8.target("rpi4")`` and ``from topi_int8.target import features`` be both."""
+
+    def __call__(self, name: str, num_cores: int | None = None) -> Target:
+        return named(name, num_cores)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -3,7 +3,7 @@
 One algorithm serves every instruction set; what differs is the packing, held by `PackedConv2d`::
 
     xp[n, cb, y, x, i]         = data inside, the zero point outside        (stage "pad", if needed)
-    acc[n, ob, y, x, o]        = sum over cb, kh, kw, i of xp * weight       (stage "conv")
+    acc[n, ob, y, x, o]        = sum over cb, kh, kw, i of xp * weight       (stages "conv", "sum")
     out[n, ob, y, x, o]        = epilogue(acc)                               (stage "out")
 
 Zero points. sum (x - zx) * w = sum x*w - zx * sum w; the second term is constant per output channel
@@ -38,6 +38,14 @@ from ..workload import Conv2dWorkload
 from .epilogue import Operands
 
 
+def window_taps(kw: int, block: int, k: int) -> int:
+    """Return the taps, kw or more, whose channels are a whole number of rows of k."""
+    return next(taps for taps in range(kw, kw + k) if taps * block % k == 0)
+
+
+PARTIALS = 4  # lanes of 32 bits in ARM's vectors
+
+
 @dataclass(frozen=True)
 class PackedConv2d:
     """A convolution with its packing.
@@ -61,8 +69,8 @@ class PackedConv2d:
         whole number of steps. The pad stage fills the difference with zeros.
     window : bool
         For inputs so narrow that a tap fills a step badly (a network's stem): one step reads the kw
-        taps at once, kw * in_block neighbouring bytes of a row; windows of neighbouring output
-        columns overlap in memory. One block of data, dilation 1.
+        taps at once (and more, of zero weight, up to whole rows of k), neighbouring bytes of a row;
+        windows of neighbouring output columns overlap in memory. One block of data, dilation 1.
     out_store : int
         Channels of each output block that are stored (0: all of them). Less than out_block where
         the output is a plain matrix whose width is no whole number of vectors.
@@ -72,6 +80,9 @@ class PackedConv2d:
         Order of the reduction and of the weight in memory: kh, blocks, kw (True) or kh, kw, blocks.
         LLVM unrolls a kw loop; where products are added by an instruction of their own (vpmaddwd,
         vpmaddubsw) it then reassociates the sums over its steps and spills them.
+    partial : bool
+        Keep each output as `PARTIALS` sums over a part of its channels each, added up at the end
+        (stage "sum"), as a long multiply and a pairwise add leave them. k is a multiple of 8.
     """
 
     work: Conv2dWorkload
@@ -87,6 +98,7 @@ class PackedConv2d:
     out_store: int = 0
     flat: bool = False
     kw_inside: bool = False
+    partial: bool = False
 
     def __post_init__(self) -> None:
         if self.out_block % self.lanes:
@@ -99,6 +111,8 @@ class PackedConv2d:
             raise ValueError("window with several data blocks or dilation; allowed: one block, 1")
         if self.flat and (self.work.strides != (1, 1) or self.window):
             raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), no window")
+        if self.partial and (self.k % 8 or self.work.is_float):
+            raise ValueError(f"partial with k {self.k}; allowed: multiples of 8, integers")
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:
@@ -144,7 +158,12 @@ class PackedConv2d:
     @property
     def step_block(self) -> int:
         """Channels (with a window, channels of all its taps) that the inner loop reads together."""
-        return self.in_block * self.work.kw if self.window else self.widened or self.in_block
+        return self.in_block * self.window_taps if self.window else self.widened or self.in_block
+
+    @property
+    def window_taps(self) -> int:
+        """Taps that a window reads: kw, and further ones of zero weight up to whole rows of k."""
+        return window_taps(self.work.kw, self.in_block, self.k)
 
     @property
     def taps_w(self) -> int:
@@ -233,6 +252,7 @@ class PackedConv2d:
             dense[g * ocg : (g + 1) * ocg, at : at + icg] = wide[g * ocg : (g + 1) * ocg]
         if self.window:
             # (oc, i, kh, kw) -> (oc, kw * i, kh, 1): taps side by side as they lie in a row.
+            dense = np.pad(dense, ((0, 0), (0, 0), (0, 0), (0, self.window_taps - w.kw)))
             dense = dense.transpose(0, 3, 1, 2).reshape(oc, self.step_block, w.kh, 1)
         elif self.widened:
             split = dense.reshape(oc, blocks, self.in_block, w.kh, w.kw)
@@ -309,7 +329,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
     cb = te.reduce_axis((0, conv.in_blocks_per_group), "cb")
     kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, conv.taps_w), "kw")
     ik = te.reduce_axis((0, conv.step_block // conv.k), "ik")
-    kk = te.reduce_axis((0, conv.k), "kk")
+    kk = te.reduce_axis((0, conv.k // (PARTIALS if conv.partial else 1)), "kk")
     vectors = conv.out_block // conv.lanes
 
     def first_block(ob: Any) -> Any:
@@ -317,22 +337,34 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
             return 0
         return tir.floordiv(ob, out_blocks_per_group) * conv.in_blocks_per_group
 
-    def product(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
+    def product(n: Any, ob: Any, y: Any, x: Any, o: Any, *part: Any) -> Any:
         row, column = y * sh + kh * dh, x * sw + kw * dw
         if conv.flat:
             row, column = y, x + kh * (dh * conv.padded_width) + kw * dw
-        channel = ik * conv.k + kk
+        within = kk
+        if part:
+            # What a long multiply and a pairwise add bring together: lanes 2l and 2l + 1 of eight.
+            within = tir.floordiv(kk, 2) * 8 + part[0] * 2 + tir.floormod(kk, 2)
+        channel = ik * conv.k + within
         if conv.window:
             a = source[n, cb, row, x * (sw * conv.in_block) + channel]
         else:
             a = source[n, first_block(ob) + cb, row, column, channel]
         vec, lane = tir.floordiv(o, conv.lanes), tir.floormod(o, conv.lanes)
         taps = conv.ordered(kw, cb)
-        b = weight[(ob * vectors + vec, kh, *taps, ik, lane, kk)]
+        b = weight[(ob * vectors + vec, kh, *taps, ik, lane, within)]
         return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, *taps, ik, kk])
 
     acc_shape = (w.n, conv.out_blocks, conv.rows, conv.ow_padded, conv.out_block)
-    acc = te.compute(acc_shape, product, name="conv")
+    if conv.partial:
+        parts = te.compute((*acc_shape, PARTIALS), product, name="conv")
+        acc = te.compute(
+            acc_shape,
+            lambda *at: parts[(*at, 0)] + parts[(*at, 1)] + parts[(*at, 2)] + parts[(*at, 3)],
+            name="sum",
+        )
+    else:
+        acc = te.compute(acc_shape, product, name="conv")
 
     def store(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
         # In a padded column the residual is read at the last real one: the value is cropped away.
@@ -357,13 +389,18 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
     return [data, weight, *operands.present, out]
 
 
-def pad_stage(conv: PackedConv2d, data: Any) -> Any:
-    """Return the data with borders, converted to what the inner loop reads."""
+def pad_stage(conv: PackedConv2d, data: Any, extra_rows: int = 0) -> Any:
+    """Return the data with borders, converted to what the inner loop reads.
+
+    `extra_rows` are added below the bottom border.
+    """
     w = conv.work
     top, left, bottom, _ = w.padding
     needed = 0
     if not conv.flat:
-        needed = (conv.ow_padded - 1) * w.strides[1] + (w.kw - 1) * w.dilation[1] + 1
+        taps = conv.window_taps if conv.window else w.kw
+        needed = (conv.ow_padded - 1) * w.strides[1] + (taps - 1) * w.dilation[1] + 1
+    bottom += extra_rows
     height, width = w.ih + top + bottom, max(conv.padded_width, needed)
     border = 0 if conv.widens or w.is_float else conv.data_zero_point
 

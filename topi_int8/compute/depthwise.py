@@ -1,9 +1,22 @@
 """Depthwise convolution over packed activations (NCHW[c]c), as TE: pad, accumulate, epilogue.
 
-Each channel meets its own filter, so the channel block is the vector and no dot product helps::
+Each channel meets its own filter, so the channel block is the vector::
 
     acc[n, cb, y, x, c] = sum over kh, kw of
                           xp[n, cb, y*sh + kh*dh, x*sw + kw*dw, c] * weight[cb, kh, kw, c]
+
+Taps are summed in one of three ways (`how`):
+
+- "plain": each product in int32 (or float32).
+- "pairs": two products in int16, where their sum fits, and that sum into int32: half the widening.
+  "row_pairs" pairs the taps of each row, so that rows can be a loop.
+- "dot": four rows at a time by a dot product. Stage "gather" brings the four rows of a column
+  together, a column for all horizontal taps. It exists once for each strip of S output columns (s),
+  so that strips do not share any of it::
+
+      gather[n, cb, y, g, s, i, c, t] = xp[n, cb, y*sh + (4g + t)*dh, s*S*sw + i, c]
+      acc[n, cb, y, x, c] = sum over g, kw, t of
+          gather[n, cb, y, g, x / S, (x % S)*sw + kw*dw, c, t] * weight[cb, g, kw, c, t]
 """
 
 from __future__ import annotations
@@ -13,6 +26,8 @@ from typing import Any
 
 import numpy as np
 from tvm import te
+
+from intrinsics.compat import tir
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
@@ -24,16 +39,39 @@ from .epilogue import Operands
 class PackedDepthwise:
     """A depthwise convolution with its channel block. Weights and epilogue operands share it.
 
-    Zero points are folded as in `conv2d`: data stays in its own 8-bit type, borders are padded with
-    the zero point, and the compensation goes to the bias.
+    Zero points are folded as in `conv2d`: borders are padded with the zero point, and the
+    compensation goes to the bias.
+
+    Parameters
+    ----------
+    work : Conv2dWorkload
+    block : int
+        Channels per block of data, output and weight.
+    how : str
+        "plain", "pairs", "row_pairs" or "dot": see the module's docstring.
+    data_dtype : str
+        What the inner loop reads; empty: the data's own dtype.
+    strip : int
+        Output columns of a strip ("dot"); divides ow.
     """
 
     work: Conv2dWorkload
     block: int
+    how: str = "plain"
+    data_dtype: str = ""
+    strip: int = 1
 
     def __post_init__(self) -> None:
         if not self.work.is_depthwise:
             raise ValueError(f"groups is {self.work.groups}; allowed: ic == oc == {self.work.ic}")
+        if self.how not in _SUMS:
+            raise ValueError(f"how is {self.how!r}; allowed: {', '.join(_SUMS)}")
+        if self.how == "dot" and self.block % 16:
+            raise ValueError(f"block is {self.block}; allowed with dot: multiples of 16")
+        if self.work.ow % self.strip:
+            raise ValueError(f"strip is {self.strip}; allowed: divisors of {self.work.ow}")
+        if not self.data_dtype:
+            object.__setattr__(self, "data_dtype", self.work.data_dtype)
 
     @property
     def data_layout(self) -> Layout:
@@ -49,23 +87,57 @@ class PackedDepthwise:
 
     @property
     def weight_dtype(self) -> str:
-        """Packed weight: the zero point is subtracted, which takes int16."""
+        """Packed weight: less its zero point, which takes int16 unless it is proven not to."""
         if self.work.is_float:
             return "float32"
-        return (
-            "int16" if self.work.weight_zero_point or self.work.weight_dtype == "uint8" else "int8"
-        )
+        if self.how == "dot":
+            return "uint8" if self.data_dtype == self.work.weight_dtype == "uint8" else "int8"
+        plain = self.work.weight_dtype == "int8" and not self.work.weight_zero_point
+        return "int8" if plain or self.how != "plain" else "int16"
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of four rows of taps ("dot")."""
+        return -(-self.work.kh // 4)
+
+    @property
+    def strip_columns(self) -> int:
+        """Columns of data that a strip reads."""
+        taps = (self.work.kw - 1) * self.work.dilation[1] + 1
+        return (self.strip - 1) * self.work.strides[1] + taps
+
+    @property
+    def taps(self) -> int:
+        """Taps of the filter."""
+        return self.work.kh * self.work.kw
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Packed weight: (blocks, kh, kw, block)."""
+        """Packed weight: (blocks, kh, kw, block); with "dot" (blocks, kh / 4, kw, block, 4)."""
+        if self.how == "dot":
+            return (self.blocks, self.row_groups, self.work.kw, self.block, 4)
         return (self.blocks, self.work.kh, self.work.kw, self.block)
 
     @property
     def padded(self) -> PackedConv2d:
         """The packing whose pad stage this one shares."""
-        dtype = self.work.data_dtype
-        return PackedConv2d(self.work, self.block, self.block, 1, 1, dtype, self.weight_dtype)
+        dtypes = self.data_dtype, self.weight_dtype
+        return PackedConv2d(self.work, self.block, self.block, 1, 1, *dtypes)
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows below the padded image that taps of zero weight read ("dot")."""
+        w = self.work
+        if self.how != "dot":
+            return 0
+        needed = (w.oh - 1) * w.strides[0] + (4 * self.row_groups - 1) * w.dilation[0] + 1
+        return max(0, needed - (w.ih + w.padding[0] + w.padding[2]))
+
+    @property
+    def needs_pad(self) -> bool:
+        """Whether the taps cannot read the data where it lies."""
+        converts = self.data_dtype != self.work.data_dtype
+        return bool(any(self.work.padding) or converts or self.extra_rows)
 
     @property
     def folds_bias(self) -> bool:
@@ -79,6 +151,16 @@ class PackedDepthwise:
         full = np.zeros((self.blocks * self.block, w.kh, w.kw), self.weight_dtype)
         wide = weight[:, 0] if w.is_float else weight[:, 0].astype("int16") - w.weight_zero_point
         full[: w.ic] = wide
+        if not np.array_equal(full[: w.ic], wide):
+            raise ValueError(
+                f"weight minus weight_zero_point={w.weight_zero_point} spans [{wide.min()}, "
+                f"{wide.max()}]; allowed: the range of {self.weight_dtype}"
+            )
+        if self.how == "dot":
+            rows = 4 * self.row_groups
+            full = np.pad(full, ((0, 0), (0, rows - w.kh), (0, 0)))
+            split = full.reshape(self.blocks, self.block, self.row_groups, 4, w.kw)
+            return np.ascontiguousarray(split.transpose(0, 2, 4, 1, 3))
         split = full.reshape(self.blocks, self.block, w.kh, w.kw)
         return np.ascontiguousarray(split.transpose(0, 2, 3, 1))
 
@@ -91,6 +173,79 @@ class PackedDepthwise:
         return self.padded.pack_scale(scale)
 
 
+def _acc_shape(conv: PackedDepthwise) -> tuple[int, ...]:
+    w = conv.work
+    return (w.n, conv.blocks, w.oh, w.ow, conv.block)
+
+
+def _plain(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
+    w = conv.work
+    acc_dtype = "float32" if w.is_float else "int32"
+    kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, w.kw), "kw")
+
+    def product(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
+        row, column = y * w.strides[0] + kh * w.dilation[0], x * w.strides[1] + kw * w.dilation[1]
+        a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
+        return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, kw])
+
+    return te.compute(_acc_shape(conv), product, name="conv")
+
+
+def _pairs(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
+    w = conv.work
+    rows, taps = (w.kh, w.kw) if conv.how == "row_pairs" else (1, conv.taps)
+    row_axis = te.reduce_axis((0, rows), "row")
+    pair = te.reduce_axis((0, -(-taps // 2)), "pair")
+
+    def product(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
+        def tap(t: Any) -> Any:
+            t = row_axis * taps + t
+            kh, kw = tir.floordiv(t, w.kw), tir.floormod(t, w.kw)
+            row = y * w.strides[0] + kh * w.dilation[0]
+            column = x * w.strides[1] + kw * w.dilation[1]
+            a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
+            return a.astype("int16") * b.astype("int16")
+
+        second = pair * 2 + 1
+        both = tap(pair * 2)
+        if taps > 1:
+            # The last tap of an odd number has no partner.
+            other = tap(tir.min(second, taps - 1))
+            if taps % 2:
+                other = tir.Select(second < taps, other, tir.const(0, "int16"))
+            both = both + other
+        return te.sum(both.astype("int32"), axis=[row_axis, pair])
+
+    return te.compute(_acc_shape(conv), product, name="conv")
+
+
+def _dot(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
+    w = conv.work
+    sh, sw = w.strides
+    shape = (
+        w.n, conv.blocks, w.oh, conv.row_groups, w.ow // conv.strip, conv.strip_columns,
+        conv.block, 4,
+    )  # fmt: skip
+
+    def rows(n: Any, cb: Any, y: Any, g: Any, strip: Any, x: Any, c: Any, t: Any) -> Any:
+        row = y * sh + (g * 4 + t) * w.dilation[0]
+        return source[n, cb, row, strip * (conv.strip * sw) + x, c]
+
+    gathered = te.compute(shape, rows, name="gather")
+    g, kw = te.reduce_axis((0, conv.row_groups), "g"), te.reduce_axis((0, w.kw), "kw")
+    t = te.reduce_axis((0, 4), "t")
+
+    def product(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
+        strip, within = tir.floordiv(x, conv.strip), tir.floormod(x, conv.strip)
+        a = gathered[n, cb, y, g, strip, within * sw + kw * w.dilation[1], c, t]
+        return te.sum(a.astype("int32") * weight[cb, g, kw, c, t].astype("int32"), axis=[g, kw, t])
+
+    return te.compute(_acc_shape(conv), product, name="conv")
+
+
+_SUMS = {"plain": _plain, "pairs": _pairs, "row_pairs": _pairs, "dot": _dot}
+
+
 def depthwise(conv: PackedDepthwise) -> list[Any]:
     """Return the TE tensors [data, weight, (bias), (scale), (residual), out]."""
     w, epi = conv.work, conv.work.epilogue
@@ -100,15 +255,10 @@ def depthwise(conv: PackedDepthwise) -> list[Any]:
     out_shape = (w.n, conv.blocks, w.oh, w.ow, conv.block)
     channels = (conv.blocks, conv.block)
     operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channels, out_shape)
-    source = pad_stage(conv.padded, data) if any(w.padding) else data
-    kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, w.kw), "kw")
-
-    def product(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
-        row, column = y * w.strides[0] + kh * w.dilation[0], x * w.strides[1] + kw * w.dilation[1]
-        a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
-        return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, kw])
-
-    acc = te.compute(out_shape, product, name="conv")
+    source = data
+    if conv.needs_pad:
+        source = pad_stage(conv.padded, data, conv.extra_rows)
+    acc = _SUMS[conv.how](conv, source, weight)
 
     def store(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
         return operands.apply(acc[n, cb, y, x, c], (cb, c), (n, cb, y, x, c))

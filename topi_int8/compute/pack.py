@@ -31,7 +31,7 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
         inside = [oc < w.oc]
         if conv.window:
             kw, channel = tir.floordiv(channel, conv.in_block), tir.floormod(channel, conv.in_block)
-            inside.append(channel < w.ic)
+            inside += [channel < w.ic, kw < w.kw]
         else:
             if conv.widened:
                 block = tir.floordiv(channel, conv.widened)
@@ -82,12 +82,19 @@ def pack_depthwise_weight(conv: PackedDepthwise, weight: Any) -> Any:
     """
     w = conv.work
 
-    def element(cb: Any, kh: Any, kw: Any, i: Any) -> Any:
+    def element(cb: Any, *inner: Any) -> Any:
+        if conv.how == "dot":
+            group, kw, i, t = inner
+            kh = group * 4 + t
+        else:
+            kh, kw, i = inner
         channel = cb * conv.block + i
-        value = weight[channel, 0, kh, kw].astype(conv.weight_dtype)
+        value = weight[channel, 0, kh, kw]
         if w.weight_zero_point:
-            value = value - tir.const(w.weight_zero_point, conv.weight_dtype)
-        return tir.if_then_else(channel < w.ic, value, tir.const(0, conv.weight_dtype))
+            value = value.astype("int16") - tir.const(w.weight_zero_point, "int16")
+        value = value.astype(conv.weight_dtype)
+        inside = tir.all(channel < w.ic, kh < w.kh)
+        return tir.if_then_else(inside, value, tir.const(0, conv.weight_dtype))
 
     return te.compute(conv.weight_shape, element, name="pack_weight")
 

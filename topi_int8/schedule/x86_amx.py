@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import te
-
 from intrinsics import compat, x86_amx
-from intrinsics.compat import Schedule, tir
+from intrinsics.compat import tir
 
-from ..compute.conv2d import PackedConv2d, conv2d
+from ..compute.conv2d import PackedConv2d
 from ..workload import Conv2dWorkload
-from .spatial_pack import copy_stage, divisors, finish, parallel_tasks
+from . import blocks
+from .spatial_pack import divisors
 
 
 def choose_rows(ow: int) -> tuple[int, int]:
@@ -47,7 +46,8 @@ def wants_flat(work: Conv2dWorkload) -> bool:
 def wants_window(work: Conv2dWorkload, block: int) -> bool:
     """Whether one step should read all horizontal taps: where they fit 64 bytes side by side."""
     one_block = work.ic <= block and work.groups == 1
-    return one_block and work.kw > 1 and work.dilation[1] == 1 and work.kw * block <= 64
+    fits = block % 4 == 0 and work.kw * block <= 64
+    return one_block and work.kw > 1 and work.dilation[1] == 1 and fits
 
 
 def choose_step(channels: int) -> int:
@@ -100,57 +100,8 @@ def schedule(conv: PackedConv2d, block: x86_amx.AmxBlock, ask_permission: bool) 
     `conv.lanes` is 16 and `conv.k` is 4: that is how a B tile lies in memory. With `ask_permission`
     the function asks the operating system for tile state before it starts.
     """
-    zero, dot, store = block.register()
-    sch = Schedule(te.create_prim_func(conv2d(conv)))
-    names = compat.block_names(sch)
-    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
-
-    # 1. Tile the output: one block of C tiles innermost.
-    n, ob, oh, ow, o = sch.get_loops(out)
-    obo, obi = sch.split(ob, [None, block.oc_blocks])
-    oho, ohi = sch.split(oh, [None, block.rows_h])
-    owo, owi = sch.split(ow, [None, block.tiles_w * block.rows])
-    oo, oi = sch.split(o, [None, block.oc_tiles * 16])
-    sch.reorder(n, obo, oo, oho, owo, obi, ohi, owi, oi)
-
-    # 2. Threads share out batch, channels and rows.
-    parallel_tasks(sch, [n, obo, oo], oho)
-
-    # 3. C lives in tile registers over the reduction and is stored to a small buffer once.
-    sch.compute_at(acc, owo, preserve_unit_loops=True)
-    stored = sch.cache_write(acc, 0, "local")
-    an, aob, ay, ax, ao, *outer, ik, kk = sch.get_loops(acc)[-10:]
-    step, ik = sch.split(ik, [None, block.k // 4])
-    sch.reorder(an, *outer, step, aob, ay, ax, ao, ik, kk)
-
-    # 4. Zero, multiply-accumulate, store.
-    init = sch.decompose_reduction(acc, outer[0])
-    sch.tensorize(iterating(sch, sch.get_loops(init)[-4:]), zero)
-    sch.tensorize(iterating(sch, [aob, ay, ax, ao, ik, kk]), dot)
-    sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
-
-    # 5. The epilogue reads that buffer in vectors.
-    oiv, oil = sch.split(oi, [None, 16])
-    sch.vectorize(oil)
-    sch.unroll(oiv)
-
-    # 6. Borders and crop are plain copies.
-    for name in ("pad", "crop"):
-        if name in names:
-            copy_stage(sch, compat.get_block(sch, name))
-    return with_tile_state(finish(sch), block, int(conv.needs_pad), ask_permission)
-
-
-def iterating(sch: Any, loops: list[Any]) -> Any:
-    """Move loops of extent 1 outside the others and return the outermost that iterates.
-
-    tensorize compares loop by loop, and the intrinsics' descs have no loops of extent 1.
-    """
-    extents = [int(sch.get(loop).extent) for loop in loops]
-    single = [loop for loop, extent in zip(loops, extents, strict=True) if extent == 1]
-    wide = [loop for loop, extent in zip(loops, extents, strict=True) if extent > 1]
-    sch.reorder(*single, *wide)
-    return wide[0]
+    func = blocks.schedule(conv, block, vector=16)
+    return with_tile_state(func, block, int(conv.needs_pad), ask_permission)
 
 
 def with_tile_state(

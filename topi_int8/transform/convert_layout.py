@@ -22,8 +22,9 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
 from .. import op
+from ..kernel import activation_block
 from ..layout import Layout
-from ..strategy import activation_block
+from ..strategy import LAYOUTS, declines_nhwc
 from ..target import Features, features
 
 
@@ -64,14 +65,25 @@ class ConvertLayout:
     ----------
     target : Target
         Its features choose the channel blocks.
+    layout : str
+        "NCHWc" packs every convolution; "NHWC" leaves those that are given in NHWC, and have a
+        kernel for it (`strategy.declines_nhwc`), as they are.
+
+    Raises
+    ------
+    ValueError
+        For another layout.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, layout: str = "NCHWc") -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}; allowed: {', '.join(LAYOUTS)}")
         self.feats = features(target)
+        self.layout = layout
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Return the converted module; the argument is not changed."""
-        converter = _Converter(mod, self.feats)
+        converter = _Converter(mod, self.feats, self.layout)
         for name, func in mod.functions_items():
             if isinstance(func, relax.Function) and "Primitive" not in (func.attrs or {}):
                 converter.images.clear()
@@ -84,9 +96,10 @@ class ConvertLayout:
 class _Converter(PyExprMutator):
     """Rewrites binding by binding; `images` knows the tensors that live in a packed layout."""
 
-    def __init__(self, mod: tvm.IRModule, feats: Features) -> None:
+    def __init__(self, mod: tvm.IRModule, feats: Features, layout: str) -> None:
         super().__init__(mod)
         self.feats = feats
+        self.layout = layout
         self.images: dict[Any, Image] = {}
 
     # ------------------------------------------------------------ bindings
@@ -213,6 +226,9 @@ def _conv2d(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
     if _is_read(logical) and _is_written(out_logical):
         return None
     work = op.conv2d_workload(call)
+    stays = conv.layout == "NHWC" == logical == out_logical and not declines_nhwc(work)
+    if stays:
+        return None
     out = Layout.packed(activation_block(conv.feats, work.oc, work.is_float)).name
     data = conv.packed_operand(named["data"], logical, work.ic, entry=not work.is_depthwise)
     if work.is_depthwise and data != out:

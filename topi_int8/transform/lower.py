@@ -21,8 +21,9 @@ from tvm.target import Target
 from .. import op, strategy
 from ..compute import elementwise, pack
 from ..compute.depthwise import PackedDepthwise
+from ..kernel import Blocks, Kernel, MatmulPacking
 from ..layout import Layout
-from ..strategy import Blocks, Decision, Kernel, MatmulPacking
+from ..strategy import Decision
 from ..target import Features, features
 from ..workload import INT8_DTYPES
 from .convert_layout import ConvertLayout
@@ -40,15 +41,18 @@ class Lower:
     ----------
     target : Target
         Chooses the strategies. No kernel uses an instruction the target does not name.
+    layout : str
+        As ConvertLayout's.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, layout: str = "NCHWc") -> None:
         self.target = target
         self.feats = features(target)
+        self.layout = layout
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Return the lowered module; the argument is not changed."""
-        mod = ConvertLayout(self.target)(mod)
+        mod = ConvertLayout(self.target, self.layout)(mod)
         lowering = _Lowering(mod, self.feats)
         for name, func in mod.functions_items():
             if isinstance(func, relax.Function):
@@ -65,7 +69,14 @@ def decide(call: relax.Call, feats: Features) -> Decision:
     if isinstance(weight, GenericConst) and not work.is_float:
         values = weight.value.numpy()
         work = replace(work, weight_range=(int(values.min()), int(values.max())))
-    return (strategy.conv2d if is_conv else strategy.matmul)(work, feats)
+    if is_conv:
+        return strategy.conv2d(work, feats, "NHWC" if is_nhwc(call) else "NCHWc")
+    return strategy.matmul(work, feats)
+
+
+def is_nhwc(call: relax.Call) -> bool:
+    """Whether a `topi_int8.conv2d` call was left in NHWC by ConvertLayout."""
+    return op.attrs_of(call)["data_layout"] == op.attrs_of(call)["out_layout"] == "NHWC"
 
 
 # The operators; the method of the same name lowers each.
@@ -161,17 +172,29 @@ class _Lowering(PyExprMutator):
 
     def conv2d(self, call: relax.Call) -> Any:
         """Lower a packed convolution."""
-        attrs, named = op.attrs_of(call), op.operands(call)
-        blocks = Blocks(
-            Layout.parse(attrs["data_layout"]).block, Layout.parse(attrs["out_layout"]).block
-        )
+        attrs, named, shape = op.attrs_of(call), op.operands(call), op.shape_of(call)
+        blocks = None
+        if not is_nhwc(call):
+            blocks = Blocks(
+                Layout.parse(attrs["data_layout"]).block, Layout.parse(attrs["out_layout"]).block
+            )
         kernel, func = self.kernel(decide(call, self.feats), blocks)
-        args = [named["data"], *self.pack_operands(call, kernel)]
+
+        def view(expr: Any) -> Any:
+            """NHWC is a packed layout of one block: (n, 1, h, w, c)."""
+            return expr if blocks else self.reshape(expr, _with_block(op.shape_of(expr)))
+
+        args = [view(named["data"]), *self.pack_operands(call, kernel)]
         if named["residual"] is not None:
-            args.append(named["residual"])
-        return relax.call_tir(
-            func, args, out_ty=relax.TensorType(op.shape_of(call), attrs["out_dtype"])
-        )
+            args.append(view(named["residual"]))
+        kernel_shape = shape if blocks else _with_block(shape)
+        out_type = relax.TensorType(kernel_shape, attrs["out_dtype"])
+        out = relax.call_tir(func, args, out_ty=out_type)
+        return out if blocks else relax.op.reshape(self.builder_.emit(out), shape)
+
+    def reshape(self, expr: Any, shape: tuple[int, ...]) -> Any:
+        """Emit a view of a tensor."""
+        return self.builder_.emit(relax.op.reshape(expr, shape))
 
     def matmul(self, call: relax.Call) -> Any:
         """Lower a matmul: its tensors are seen as the five-dimensional ones of a convolution."""
@@ -181,7 +204,7 @@ class _Lowering(PyExprMutator):
         kernel, func = self.kernel(decision, None)
 
         def view(expr: Any, width: int) -> Any:
-            return self.builder_.emit(relax.op.reshape(expr, (1, work.batch, 1, work.m, width)))
+            return self.reshape(expr, (1, work.batch, 1, work.m, width))
 
         args = [view(named["data"], work.k), *self.pack_operands(call, kernel)]
         if named["residual"] is not None:
@@ -257,6 +280,10 @@ def _refuse_packed(call: relax.Call) -> None:
             f"relax.nn.conv2d in {layout} has data {call.args[0].ty} and weight {call.args[1].ty}; "
             "allowed in packed layouts: static shapes, uint8 or int8 operands, out_dtype int32"
         )
+
+
+def _with_block(nhwc: tuple[int, ...]) -> tuple[int, ...]:
+    return (nhwc[0], 1, *nhwc[1:])
 
 
 def _oihw(weight: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:

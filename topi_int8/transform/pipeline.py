@@ -17,35 +17,44 @@ from .fuse_float import FuseFloat
 from .fuse_qdq import FuseQDQ
 from .lower import Lower
 from .schedule_rest import ScheduleRest
+from .sign_activations import SignActivations
 
 
-def integer_passes(target: Target) -> list[tvm.transform.Pass]:
-    """Return the passes from a user's graph to topi_int8 operators in packed layouts."""
-    return [FoldBatchNorm(), FuseQDQ(), FuseFloat(), ConvertLayout(target)]
+def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.Pass]:
+    """Return the passes from a user's graph to topi_int8 operators in the kernels' layouts."""
+    return [
+        FoldBatchNorm(), SignActivations(target), FuseQDQ(), FuseFloat(),
+        ConvertLayout(target, layout),
+    ]  # fmt: skip
 
 
-def pipeline(target: Target) -> tvm.transform.Pass:
+def pipeline(target: Target, layout: str = "NCHWc") -> tvm.transform.Pass:
     """Return the whole Relax pipeline for a target: ours, then TVM's own for what is left.
 
     Parameters
     ----------
     target : Target or str or dict
         An ``llvm`` CPU target.
+    layout : str
+        "NCHWc" packs every convolution's channels, whatever layout it is given in. "NHWC" leaves
+        convolutions that are given in NHWC there, where that has a kernel: no transforms at a
+        region's borders, for graphs of few convolutions.
 
     Raises
     ------
     ValueError
-        For a target that is not an LLVM CPU.
+        For a target that is not an LLVM CPU, or another layout.
     """
     target = Target(target) if not isinstance(target, Target) else target
     features(target)  # refuses what is no LLVM CPU, before anything is built
+    ConvertLayout(target, layout)  # refuses another layout
 
     @tvm.transform.module_pass(opt_level=0, name="topi_int8.pipeline")
     def run(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         passes = [
             *cpu_generic.library_dispatch_passes(target),
-            *integer_passes(target),
-            Lower(target),
+            *integer_passes(target, layout),
+            Lower(target, layout),
             *cpu_generic.legalize_passes(target),
             ScheduleRest(target),
             *cpu_generic.dataflow_lower_passes(target),

@@ -1,0 +1,133 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""A convolution by blocks of accumulators in registers, with zero, dot and store intrinsics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from tvm import te
+
+from intrinsics import compat
+from intrinsics.compat import Schedule
+
+from ..compute.conv2d import PackedConv2d, conv2d
+from .spatial_pack import copy_stage, divisors, finish, parallel_tasks
+
+
+class Block(Protocol):
+    """What the schedule asks of a block of accumulators."""
+
+    oc_blocks: int  # blocks of output channels
+    rows_h: int  # output rows
+    columns: int  # output columns
+    channels: int  # output channels in one block of them
+    rows_k: int  # rows of packed weights in one step
+
+    def register(self) -> tuple[str, str, str]:
+        """Register the tensor intrinsics zero, dot and store; return their names."""
+        ...
+
+
+# A reduction of so few steps is unrolled by LLVM whole (its limit is about 300 instructions).
+# Weights then do not change from block to block: it loads them once for all, far more than there
+# are registers, and spills them.
+SHORT_REDUCTION = 8
+
+_ROLLED = "topi_int8.rolled"
+
+
+def schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str = "") -> Any:
+    """Return the scheduled PrimFunc of a packed convolution.
+
+    Parameters
+    ----------
+    conv : PackedConv2d
+        `ow_padded` must be whole blocks.
+    block : Block
+        Its intrinsics do the inner work. Weights lie in the order in which dot reads them.
+    vector : int
+        Channels of an epilogue's vector, at most.
+    rolled : str
+        Which short loops of the reduction stay loops: "" none, "whole" a reduction that is short as
+        a whole, "all" the innermost in any case.
+    """
+    zero, dot, store = block.register()
+    sch = Schedule(te.create_prim_func(conv2d(conv)))
+    names = compat.block_names(sch)
+    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
+
+    # 1. Tile the output: one block of accumulators innermost.
+    n, ob, oh, ow, o = sch.get_loops(out)
+    obo, obi = sch.split(ob, [None, block.oc_blocks])
+    oho, ohi = sch.split(oh, [None, block.rows_h])
+    owo, owi = sch.split(ow, [None, block.columns])
+    oo, oi = sch.split(o, [None, block.channels])
+    sch.reorder(n, obo, oo, oho, owo, obi, ohi, owi, oi)
+
+    # 2. Threads share out batch, channels and rows.
+    parallel_tasks(sch, [n, obo, oo], oho)
+
+    # 3. Accumulators live in registers over the reduction and are stored to a small buffer once.
+    if conv.partial:
+        stored = compat.get_block(sch, "sum")
+        sch.compute_at(stored, owo, preserve_unit_loops=True)
+        sch.compute_at(acc, owo, preserve_unit_loops=True)
+        sch.set_scope(acc, 0, "local")
+    else:
+        sch.compute_at(acc, owo, preserve_unit_loops=True)
+        stored = sch.cache_write(acc, 0, "local")
+    spatial = 6 if conv.partial else 5
+    loops = sch.get_loops(acc)[-spatial - 5 :]
+    (an, *inner), (*outer, ik, kk) = loops[:spatial], loops[spatial:]
+    step, ik = sch.split(ik, [None, block.rows_k])
+    sch.reorder(an, *outer, step, *inner, ik, kk)
+    loops = [loop for loop in (*outer, step) if int(sch.get(loop).extent) > 1]
+    short = {"": [], "whole": loops, "all": loops[-1:]}[rolled]
+    if short and math.prod(int(sch.get(loop).extent) for loop in short) <= SHORT_REDUCTION:
+        keep_rolled(sch, loops[-1])
+
+    # 4. Zero, multiply-accumulate, store.
+    init = sch.decompose_reduction(acc, outer[0])
+    sch.tensorize(iterating(sch, sch.get_loops(init)[1 - spatial :]), zero)
+    sch.tensorize(iterating(sch, [*inner, ik, kk]), dot)
+    sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
+
+    # 5. The epilogue reads that buffer in vectors.
+    oiv, oil = sch.split(oi, [None, max(divisors(block.channels, vector))])
+    sch.vectorize(oil)
+    sch.unroll(oiv)
+
+    # 6. Borders and crop are plain copies.
+    for name in ("pad", "crop"):
+        if name in names:
+            copy_stage(sch, compat.get_block(sch, name))
+    return roll(finish(sch))
+
+
+def keep_rolled(sch: Any, loop: Any) -> None:
+    """Mark a loop for `roll`; one of a single pass needs no mark."""
+    if int(sch.get(loop).extent) > 1:
+        sch.annotate(loop, _ROLLED, 1)
+
+
+def roll(func: Any) -> Any:
+    """Return the function with its marked loops in a form that LLVM cannot unroll."""
+
+    def rolled(loop: Any) -> Any:
+        return compat.with_body(loop, loop.body, compat.unknown_to_llvm(int(loop.extent)))
+
+    return compat.replace_annotated_loops(func, _ROLLED, rolled)
+
+
+def iterating(sch: Any, loops: list[Any]) -> Any:
+    """Move loops of extent 1 outside the others and return the outermost that iterates.
+
+    tensorize compares loop by loop, and the intrinsics' descs have no loops of extent 1.
+    """
+    extents = [int(sch.get(loop).extent) for loop in loops]
+    single = [loop for loop, extent in zip(loops, extents, strict=True) if extent == 1]
+    wide = [loop for loop, extent in zip(loops, extents, strict=True) if extent > 1]
+    sch.reorder(*single, *wide)
+    return wide[0]
