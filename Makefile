@@ -2,6 +2,7 @@
 #
 #   make demo     a real ResNet quantized, compiled and run in int8          DEMO_ARGS="..."
 #   make test     the test suite                                             PYTEST_ARGS="-k conv" JOBS=4
+#   make test-arm everything for ARM under qemu, of which `make test` runs a sample
 #   make lint     ruff over everything
 #   make bench    the per-layer benchmark                                    BENCH_ARGS="..."
 #   make onednn   oneDNN in build/onednn, the benchmark's optional rival
@@ -68,6 +69,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest tests -n $(JOBS) --dist worksteal --durations 10 -p no:benchmark \
 		$(PYTEST_ARGS)
+
+# The script says what is missing, and so do the tests that are skipped then.
+.PHONY: test-arm
+test-arm: $(STAMP)
+	tests/emulator/setup_arm.sh || true
+	$(VENV)/bin/python -m pytest tests -m arm -n $(JOBS) --dist worksteal --durations 10 \
+		-p no:benchmark $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP)

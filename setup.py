@@ -15,6 +15,7 @@ def read(module: str) -> dict:
     return runpy.run_path(str(ROOT / "topi_int8" / f"{module}.py"), run_name=module)
 
 
+RPC = ["cloudpickle", "psutil", "tornado"]
 README = ROOT / "README.md"
 
 setup(
@@ -32,7 +33,9 @@ setup(
         # torchvision has no CPU build of its own: topi_int8/frontend/torchvision.py lets it import.
         "torch": ["torch==2.13.0", "torchvision==0.28.0"],
         "onnx": ["onnx"],
-        "bench": ["pytest", "pytest-benchmark", "typer", "matplotlib"],
-        "test": ["pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer"],
+        # What TVM's RPC tracker and server import and apache-tvm does not name.
+        "rpc": RPC,
+        "bench": [*RPC, "pytest", "pytest-benchmark", "typer", "matplotlib"],
+        "test": [*RPC, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer"],
     },
 )

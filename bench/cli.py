@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench conv | dense | peaks | shapes``."""
+"""The command line: ``python -m bench conv | dense | count | seed-table | peaks | shapes``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import machine, peaks, report, targets, workloads
+from . import (
+    arm_core,
+    demo,
+    emulated,
+    insn_count,
+    machine,
+    mca,
+    peaks,
+    predict,
+    predict_report,
+    report,
+    seed_table,
+    site,
+    targets,
+    workloads,
+)
 from .results import LayerResult, with_best_peaks
 from .run import RIVALS, Options, make_rivals, run_layers
 from .shape_lines import SHAPES_DIR, Shape, find_batch, parse_line, read_shapes
@@ -58,6 +73,22 @@ Json = Annotated[Path | None, typer.Option(help="Write the rows, machine and opt
 Check = Annotated[
     bool, typer.Option("--check", help="Compare each result with the numpy reference first.")
 ]
+Model = Annotated[
+    str,
+    typer.Option(help="mca: predict the kernels of an ARM --target by llvm-mca; run nothing."),
+]
+ForcedName = Annotated[
+    str, typer.Option("--strategy", help="With --model: this row of the table, not the first.")
+]
+Whole = Annotated[
+    bool, typer.Option("--whole", help="With --model: whole layers too, their counts from qemu.")
+]
+Rpc = Annotated[str, typer.Option(help="HOST:PORT of TVM's RPC tracker: run on a board of it.")]
+Key = Annotated[str, typer.Option(help="The board's key at the tracker; may name the target.")]
+Cc = Annotated[
+    str, typer.Option(help="C compiler that links for the board. Default: Debian's cross gcc.")
+]
+Note = Annotated[str, typer.Option(help="Words to keep in the JSON: cooling, kernel, who you are.")]
 Why = Annotated[
     bool, typer.Option("--why", help="Print why faster strategies declined each layer.")
 ]
@@ -102,37 +133,40 @@ def _bench(
     kind: str, batch: list[str] | None, shape: list[str] | None, isa: str, target: str | None,
     threads: int, cpu: str, min_time: float, rounds: int, rivals: str, tvm_limit: float,
     dtype: str, epilogue: str, weight_bits: int, mb: int, csv: Path | None,
-    json_path: Path | None, check: bool, why: bool,
+    json_path: Path | None, check: bool, why: bool, rpc: str, key: str, cc: str, note: str,
 ) -> None:  # fmt: skip
     console = _console()
     try:
         shapes = _shapes(kind, batch, shape, mb)
-        cpus = _cpus(cpu)
+        request = site.Request(rpc, key, cc, isa, target, threads, _cpus(cpu))
         opponents = make_rivals(rivals, tvm_limit)
-        with machine.pinned(threads, cpus) as cores:
-            chosen = targets.choose(isa, target, threads)
+        if rpc:
+            opponents = [rival for rival in opponents if rival.name != "onednn"]
+        with site.opened(request) as where:
+            chosen = where.target
             options = Options(
-                chosen, dtype, epilogue, weight_bits, threads, min_time, rounds, check
+                chosen, dtype, epilogue, weight_bits, threads, min_time, rounds, check, where.place
             )
             results = with_best_peaks(_run(console, shapes, options, opponents))
     except (ValueError, OSError) as error:
         raise _fail(error) from None
     titles = {rival.name: rival.title for rival in opponents}
     run = {
-        "machine": machine.describe(),
+        **where.record(kind, note),
         "options": {
             "target": str(chosen), "dtype": dtype, "epilogue": epilogue or "default",
             "weight_bits": weight_bits,
-            "threads": threads, "cores": list(cores), "min_time_s": min_time, "rounds": rounds,
-            "mb": mb, "batch": batch or [], "shape": shape or [],
+            "threads": threads, "cores": list(where.cores), "min_time_s": min_time,
+            "rounds": rounds, "mb": mb, "batch": batch or [], "shape": shape or [],
         },
         "rivals": {rival.name: getattr(rival, "version", "") for rival in opponents},
     }  # fmt: skip
     title = (
         f"{run['machine']['cpu']} | {targets.isa_of(chosen)} | {dtype} | "
-        f"{threads} thread{'s'[: threads > 1]} on {','.join(map(str, cores))}"
+        f"{threads} thread{'s'[: threads > 1]} {where.where}"
     )
-    console.print(report.table(results, title, titles, _caption(options, titles)))
+    caption = " ".join(filter(None, (where.caveat, _caption(options, titles))))
+    console.print(report.table(results, title, titles, caption))
     if why:
         _print_why(console, results)
     if csv is not None:
@@ -144,9 +178,41 @@ def _bench(
         raise _fail(f"{len(failed)} of {len(results)} layers failed (see the table)", code=1)
 
 
+def _predict(
+    kind: str, batch: list[str] | None, shape: list[str] | None, model: str, target: str | None,
+    dtype: str, epilogue: str, weight_bits: int, mb: int, csv: Path | None,
+    json_path: Path | None, why: bool, whole: bool, force: str,
+) -> None:  # fmt: skip
+    """Predict instead of measure."""
+    console = _console()
+    try:
+        if model not in predict.MODELS:
+            raise ValueError(f"model is {model!r}; allowed: {', '.join(predict.MODELS)}")
+        shapes = _shapes(kind, batch, shape, mb)
+        chosen = arm_core.choose(target)
+        options = {"dtype": dtype, "epilogue": epilogue, "weight_bits": weight_bits}
+        Options(chosen.target, **options)  # refuses what is not allowed
+        found = list(predict.predict_layers(shapes, chosen, whole=whole, force=force, **options))
+        console.print(predict_report.table(found, chosen, dtype))
+    except (ValueError, OSError, mca.McaError) as error:
+        raise _fail(error) from None
+    if why:
+        _print_why(console, found)
+    if csv is not None:
+        csv.write_text(predict_report.to_csv(found))
+    if json_path is not None:
+        run = {"machine": machine.describe(), "options": {"target": str(chosen.target), **options}}
+        json_path.write_text(predict_report.to_json(found, run))
+    failed = [prediction for prediction in found if prediction.error]
+    if failed:
+        raise _fail(f"{len(failed)} of {len(found)} layers failed (see the table)", code=1)
+
+
 def _caption(options: Options, titles: dict[str, str]) -> str:
     """Return what a reader must know to compare: whose products saturate."""
     without_vnni = targets.isa_of(options.target) in ("avx512_bw", "avx2")
+    if options.place.remote:
+        return "No peak is measured on a board, and oneDNN does not run there."
     if "onednn" not in titles or not without_vnni or options.dtype == "f32":
         return ""
     exact = "ours is exact" if options.weight_bits == 8 else "on these 7-bit weights both are exact"
@@ -171,7 +237,7 @@ def _run(
     return results
 
 
-def _print_why(console: Console, results: list[LayerResult]) -> None:
+def _print_why(console: Console, results: list[Any]) -> None:
     for result in results:
         console.print(f"{result.shape.format()}: {result.strategy or 'none'}", markup=False)
         for name, reason in result.declined:
@@ -201,15 +267,96 @@ def _command(kind: str, name: str, what: str) -> None:
         json: Json = None,
         check: Check = False,
         why: Why = False,
+        model: Model = "",
+        whole: Whole = False,
+        force: ForcedName = "",
+        rpc: Rpc = "",
+        key: Key = "",
+        cc: Cc = "",
+        note: Note = "",
     ) -> None:
+        if model and rpc:
+            raise _fail(f"rpc is {rpc!r}; allowed without --model, which runs nothing")
+        if model:
+            _predict(kind, batch, shape, model, target, dtype, epilogue, weight_bits, mb, csv,
+                     json, why, whole, force)  # fmt: skip
+            return
         _bench(
             kind, batch, shape, isa, target, threads, cpu, min_time, rounds, rivals, tvm_limit,
-            dtype, epilogue, weight_bits, mb, csv, json, check, why,
+            dtype, epilogue, weight_bits, mb, csv, json, check, why, rpc, key, cc, note,
         )  # fmt: skip
 
 
 _command("conv", "conv", "Convolution layers.")
 _command("dense", "dense", "Dense layers and batched matmuls (lines as 128x768:768x3072).")
+
+
+@app.command("e2e")
+def e2e_command(
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="A torchvision classifier; repeat for more. Default: resnet18."),
+    ] = None,
+    isa: Isa = "host",
+    target: TargetText = None,
+    threads: Threads = 1,
+    cpu: Cpu = "",
+    image: Annotated[int, typer.Option(help="Side of the input image.")] = 224,
+    calibration: Annotated[int, typer.Option(help="Images to calibrate on.")] = 16,
+    inputs: Annotated[int, typer.Option(help="Images to compare with torch's fp32 on.")] = 4,
+    weight_bits: Annotated[int, typer.Option(help="7 or 8. Default: the target's faster.")] = 0,
+    rivals: Annotated[str, typer.Option(help="Of fp32 (our schedules), tvm (stock); or none.")] = (
+        "fp32,tvm"
+    ),
+    tvm_limit: TvmLimit = 5.0,
+    min_time: Annotated[float, typer.Option(help="Seconds each engine is sampled.")] = 2.0,
+    rounds: Rounds = 5,
+    layers: Annotated[bool, typer.Option(help="Time every layer of int8, too.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare int8 with this machine's own result.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all of it here.")] = None,
+    rpc: Rpc = "",
+    key: Key = "",
+    cc: Cc = "",
+    note: Note = "",
+) -> None:
+    """Whole networks: int8 beside fp32."""
+    from . import e2e  # imports torch's frontend
+
+    console = _console()
+    names = tuple(name for name in rivals.split(",") if name and name != "none")
+    try:
+        request = site.Request(rpc, key, cc, isa, target, threads, _cpus(cpu))
+        with site.opened(request) as where:
+            options = e2e.Options(
+                where.target, where.place, image, calibration, inputs, weight_bits, names,
+                tvm_limit, min_time, rounds, layers, check,
+            )  # fmt: skip
+            results = [e2e.run_network(n, options, console) for n in network or ["resnet18"]]
+    except ImportError as error:
+        raise _fail(f"e2e needs the extra `torch`: {error}") from None
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    for result in results:
+        if layers and not result.error:
+            console.print(demo.layer_table(result.name, result.rows, result.layer_us, {}))
+    title = (
+        f"{where.about['cpu']} | {targets.isa_of(where.target)} | {options.bits}-bit weights | "
+        f"{threads} thread{'s'[: threads > 1]} {where.where}"
+    )
+    console.print(e2e.table(results, title, names, where.caveat))
+    if json_path is not None:
+        settings = {
+            "target": str(where.target), "threads": threads, "cores": list(where.cores),
+            "image": image, "calibration": calibration, "inputs": inputs,
+            "weight_bits": options.bits, "min_time_s": min_time, "rounds": rounds,
+        }  # fmt: skip
+        run = {**where.record("e2e", note), "options": settings}
+        json_path.write_text(e2e.to_json(results, run))
+    failed = [result for result in results if result.error]
+    if failed:
+        raise _fail(f"{len(failed)} of {len(results)} networks failed (see the table)", code=1)
 
 
 @app.command("peaks")
@@ -239,6 +386,50 @@ def peaks_command(
     if json_path is not None:
         document = {"machine": about, "core": cores[0], "gops": found}
         json_path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+@app.command("count")
+def count_command(
+    batch: Batch = None,
+    shape: Line = None,
+    target: TargetText = "cortex-a72",
+    dtype: Dtype = "u8s8",
+    cpu: Annotated[str, typer.Option(help="qemu's CPU; by default one with that ISA.")] = "",
+    rivals: Annotated[str, typer.Option(help="ort, or none.")] = "ort",
+    mb: Mb = 0,
+    csv: Csv = None,
+    json: Json = None,
+) -> None:
+    """Instructions of whole convolution layers under qemu, beside onnxruntime's."""
+    console = _console()
+    try:
+        if rivals not in ("ort", "none"):
+            raise ValueError(f"rivals is {rivals!r}; allowed: ort, none")
+        shapes = _shapes("conv", batch, shape, mb)
+        chosen = arm_core.choose(target)
+        cpu = cpu or chosen.qemu_cpu
+        found, version = insn_count.count_layers(shapes, chosen, dtype, cpu, rivals == "ort")
+    except (ValueError, OSError, mca.McaError, emulated.EmulatorError) as error:
+        raise _fail(error) from None
+    title = f"instructions under qemu -cpu {cpu} | compiled for {target} | {dtype}"
+    console.print(insn_count.table(found, f"{title} | onnxruntime {version or 'not run'}"))
+    if csv is not None:
+        csv.write_text(insn_count.to_csv(found))
+    if json is not None:
+        options = {"target": str(chosen.target), "cpu": cpu, "dtype": dtype, "onnxruntime": version}
+        json.write_text(insn_count.to_json(found, {"options": options}))
+    if any(count.instructions is None for count in found):
+        raise _fail("some layers failed (see the table)", code=1)
+
+
+@app.command("seed-table")
+def seed_table_command() -> None:
+    """Published Cortex-A72 numbers beside our strategies' predictions (takes minutes)."""
+    try:
+        found, peak = seed_table.predict_all()
+    except (OSError, mca.McaError) as error:
+        raise _fail(error) from None
+    _console().print(seed_table.table(found, peak))
 
 
 @app.command("shapes")

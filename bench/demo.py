@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import machine, models, timing
+from .place import HERE, Place
 
 WIDTH = 132  # columns where the output is no terminal
-_CALIBRATION_SEED, _TEST_SEED = 100, 200
 
 
 @dataclass
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
         target = topi_int8.host_target()
         if args.weight_bits is None:
-            args.weight_bits = 8 if topi_int8.features(target).has("avx_vnni") else 7
+            args.weight_bits = models.default_weight_bits(target)
         console.print(
             f"[bold]{machine.model_name()}[/bold], {args.threads} thread(s), "
             f"{topi_int8.features(target).isas[0]}, {args.weight_bits}-bit weights"
@@ -103,17 +103,14 @@ def _run_model(
     console.rule(f"[bold]{name}[/bold]")
     with clock.stage(console, "import"):
         mod = from_torch(module, example)
-    calibration = [
-        models.images(1, args.image, _CALIBRATION_SEED + i) for i in range(args.calibration)
-    ]
     start = time.perf_counter()
-    qdq = topi_int8.quantize(mod, calibration, weight_bits=args.weight_bits)
+    qdq = models.quantize(mod, args.image, args.calibration, args.weight_bits)
     clock.seconds["quantize"] = time.perf_counter() - start
     with clock.stage(console, "compile"):
         executable = tvm.compile(qdq, target=target)
     run = relax.VirtualMachine(executable, tvm.cpu())["main"]
 
-    inputs = [models.images(1, args.image, _TEST_SEED + i) for i in range(args.inputs)]
+    inputs = models.unseen_images(args.inputs, args.image)
     with clock.stage(console, "run"), torch.inference_mode():
         fp32 = np.concatenate([module(torch.from_numpy(x)).numpy() for x in inputs])
         int8 = np.concatenate([run(tvm.runtime.tensor(x)).numpy() for x in inputs])
@@ -121,8 +118,8 @@ def _run_model(
         errors = {error.name: error for error in layer_errors(mod, qdq, inputs[:2], target=target)}
     with clock.stage(console, "time layers"):
         rows = topi_int8.explain(qdq, target, show=False)
-        times = _layer_times(rows, target)
-    console.print(_layer_table(name, rows, times, errors))
+        times = layer_times(rows, target)
+    console.print(layer_table(name, rows, times, errors))
     counts = topi_int8.library_counts(executable)
     console.print("in the library: " + _counts(counts.instructions), style="dim")
 
@@ -136,7 +133,7 @@ def _run_model(
         int8_ms,
         fp32_ms,
         clock.seconds["compile"],
-        _decibel(fp32, int8),
+        decibel(fp32, int8),
         (int(np.sum(fp32.argmax(1) == int8.argmax(1))), len(inputs)),
     )
 
@@ -147,13 +144,13 @@ def _counts(instructions: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in ranked) or "no dot-product instruction"
 
 
-def _layer_times(rows: Any, target: Any) -> dict[Any, float]:
-    """Return µs of each distinct workload's kernel, alone and warm."""
+def layer_times(rows: Any, target: Any, place: Place = HERE) -> dict[Any, float]:
+    """Return µs of each distinct workload's kernel at a place, alone and warm."""
     from . import kernels
 
     workloads = {row.work for row in rows if not row.work.is_float}
     return {
-        work: timing.Timing(tuple(kernels.build(work, target).sampler()(0.03))).min
+        work: timing.Timing(tuple(kernels.build(work, target, place=place).sampler()(0.03))).min
         for work in workloads
     }
 
@@ -171,14 +168,16 @@ def _alternate(*calls: Callable[[], Any], rounds: int = 10) -> list[float]:
     return best
 
 
-def _decibel(reference: np.ndarray, value: np.ndarray) -> float:
+def decibel(reference: np.ndarray, value: np.ndarray) -> float:
+    """Return the signal-to-noise ratio of `value` beside its reference, dB."""
     noise = np.sum((reference.astype("float64") - value) ** 2)
     return (
         float(10 * np.log10(np.sum(reference.astype("float64") ** 2) / noise)) if noise else np.inf
     )
 
 
-def _layer_table(name: str, rows: Any, times: dict[Any, float], errors: dict[str, Any]) -> Table:
+def layer_table(name: str, rows: Any, times: dict[Any, float], errors: dict[str, Any]) -> Table:
+    """Return the table of a network's layers: strategy, time, and error where there is one."""
     table = Table(title=f"{name}: its convolutions and matmuls in int8", title_justify="left")
     for column in ("layer", "shape", "strategy", "intrinsic"):
         table.add_column(column, no_wrap=True)

@@ -12,6 +12,7 @@ from tvm.target import Target
 
 from topi_int8.workload import Conv2dWorkload
 
+from .place import HERE, Place
 from .timing import Sampler, evaluator_sampler
 from .workloads import Operands, Workload, random_operands, shapes_of
 
@@ -35,22 +36,22 @@ class OurKernel:
     declined: tuple[tuple[str, str], ...]
     _kernel: Any
     _module: Any
-    _function: Any
+    _place: Place
     _args: tuple[Any, ...]
 
     def sampler(self) -> Sampler:
         """Return the sampler of this kernel, operands warm in cache."""
-        device = tvm.cpu()
+        device = self._place.device
 
         def evaluate(number: int, repeat: int) -> list[float]:
-            timer = self._module.mod.time_evaluator("main", device, number=number, repeat=repeat)
+            timer = self._module.time_evaluator("main", device, number=number, repeat=repeat)
             return list(timer(*self._args).results)
 
         return evaluator_sampler(evaluate)
 
     def call(self) -> None:
         """Run the kernel once."""
-        self._function(*self._args)
+        self._module["main"](*self._args)
 
     def run(self) -> np.ndarray:
         """Return the output in logical form: NCHW, or (B, M, N)."""
@@ -89,17 +90,17 @@ class OurKernel:
             raise ValueError(f"differs from the reference by {error:g}; allowed: {allowed:g}")
 
 
-def build(workload: Workload, target: Target, seed: int = 0) -> OurKernel:
-    """Choose, compile and set up the kernel of `workload` for `target`."""
+def build(workload: Workload, target: Target, seed: int = 0, place: Place = HERE) -> OurKernel:
+    """Choose, compile and set up the kernel of `workload` for `target`, at `place`."""
     # By name: the table of strategies imports every schedule, and only this needs it.
     strategy = importlib.import_module("topi_int8.strategy")
     conv = isinstance(workload, Conv2dWorkload)
     decision = (strategy.conv2d if conv else strategy.matmul)(workload, target)
     kernel = decision.kernel()
     func = kernel.func.with_attr("global_symbol", "main")
-    module = tvm.compile(tvm.IRModule({"main": func}), target=target)
+    executable = tvm.compile(tvm.IRModule({"main": func}), target=target)
     operands = random_operands(workload, seed)
-    args = _arguments(func, kernel, workload, operands)
+    args = tuple(map(place.tensor, _arguments(func, kernel, workload, operands)))
     return OurKernel(
         workload=workload,
         operands=operands,
@@ -107,14 +108,14 @@ def build(workload: Workload, target: Target, seed: int = 0) -> OurKernel:
         intrinsic=decision.intrinsic or "",
         declined=tuple(decision.declined),
         _kernel=kernel,
-        _module=module,
-        _function=module["main"],
+        _module=place.load(executable),
+        _place=place,
         _args=args,
     )
 
 
-def _arguments(func: Any, kernel: Any, workload: Workload, operands: Operands) -> tuple[Any, ...]:
-    """Return the kernel's tensors: data, weight, [bias], [scale], [residual], out."""
+def _arguments(func: Any, kernel: Any, workload: Workload, operands: Operands) -> list[np.ndarray]:
+    """Return the kernel's operands: data, weight, [bias], [scale], [residual], out."""
     buffers = list(func.params)
     conv = isinstance(workload, Conv2dWorkload)
     weight = operands.weight
@@ -131,10 +132,7 @@ def _arguments(func: Any, kernel: Any, workload: Workload, operands: Operands) -
     arrays.append(np.zeros([int(dim) for dim in out.shape], str(out.dtype)))
     if len(arrays) != len(buffers):
         raise ValueError(f"kernel takes {len(buffers)} tensors; packing gave {len(arrays)}")
-    return tuple(
-        tvm.runtime.tensor(_fit(array, buffer))
-        for array, buffer in zip(arrays, buffers, strict=True)
-    )
+    return [_fit(array, buffer) for array, buffer in zip(arrays, buffers, strict=True)]
 
 
 def _fit(array: np.ndarray, buffer: Any) -> np.ndarray:

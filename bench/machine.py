@@ -16,6 +16,8 @@ from topi_int8 import _host
 # What decides a kernel's speed; a full flag list drowns it.
 _TELLING_FLAGS = ("avx2", "fma", "avx512", "avx_vnni", "avxvnni", "amx_")
 
+_PACKAGES = ("topi_int8", "apache-tvm", "apache-tvm-ffi", "numpy")
+
 
 def model_name() -> str:
     """Return the CPU's model name as the kernel gives it."""
@@ -23,6 +25,11 @@ def model_name() -> str:
         if "model name" in entry:
             return entry["model name"]
     return platform.processor() or _host.machine()
+
+
+def now() -> str:
+    """Return the time as numbers carry it: ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str:
@@ -56,10 +63,10 @@ def describe() -> dict[str, object]:
         "flags": flags,
         "cores": _host.physical_cores(),
         "kernel": platform.release(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": {p: _version(p) for p in ("apache-tvm", "apache-tvm-ffi", "numpy")},
+        "packages": {p: _version(p) for p in _PACKAGES},
     }
 
 

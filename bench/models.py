@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import topi_int8
+from topi_int8 import target as targets
 from topi_int8.frontend.torchvision import import_torchvision
 
 if TYPE_CHECKING:
     import torch
+    from tvm import IRModule
+    from tvm.target import Target
+
+_CALIBRATION_SEED, _TEST_SEED = 100, 200
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -83,6 +89,23 @@ def load(
                 "seeded weights are used."
             ) from error
     return module.requires_grad_(False), torch.from_numpy(images(batch, image, seed))
+
+
+def default_weight_bits(target: Target) -> int:
+    """Return 7 where only vpmaddubsw on weights in [-63, 63] is fast (x86 without VNNI), else 8."""
+    features = targets.features(target)
+    return 7 if features.arch == "x86_64" and not features.has("avx_vnni") else 8
+
+
+def quantize(mod: IRModule, image: int, calibration: int = 16, weight_bits: int = 8) -> IRModule:
+    """Return the QDQ form of an imported network, calibrated on seeded images of its size."""
+    batches = [images(1, image, _CALIBRATION_SEED + i) for i in range(calibration)]
+    return topi_int8.quantize(mod, batches, weight_bits=weight_bits)
+
+
+def unseen_images(count: int, image: int) -> list[np.ndarray]:
+    """Return seeded images, one an array, that `quantize` has not seen."""
+    return [images(1, image, _TEST_SEED + i) for i in range(count)]
 
 
 def images(count: int, image: int = 224, seed: int = 0) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from tvm.target import Target
 
 from . import kernels, peaks, targets, workloads
+from .place import HERE, Place, first_line
 from .results import LayerResult, RivalResult
 from .rivals import Rival, Unavailable
 from .rivals.onednn import OneDnn
@@ -37,6 +38,8 @@ class Options:
         Alternations between the engines.
     check : bool
         Compare our result with the reference first.
+    place : Place
+        Where they run.
     """
 
     target: Target
@@ -47,6 +50,7 @@ class Options:
     min_time: float = 0.1
     rounds: int = 5
     check: bool = False
+    place: Place = HERE
 
     def __post_init__(self) -> None:
         if self.dtype not in workloads.DTYPES:
@@ -91,7 +95,12 @@ _meter = cache(peaks.Meter)
 
 
 def peak_of(options: Options, intrinsic: str) -> tuple[float | None, str]:
-    """Return (GOP/s, loop): the measured peak of the cores used for the kernel's instruction."""
+    """Return (GOP/s, loop): the measured peak of the cores used for the kernel's instruction.
+
+    None on a board, where none is measured.
+    """
+    if options.place.remote:
+        return None, ""
     kind = "float32" if options.dtype == "f32" else "int8"
     loop = peaks.loop_for(targets.isa_of(options.target), kind, intrinsic)
     if loop is None or loop not in peaks.runnable():
@@ -101,9 +110,19 @@ def peak_of(options: Options, intrinsic: str) -> tuple[float | None, str]:
 
 def run_layer(shape: Shape, options: Options, rivals: list[Rival]) -> LayerResult:
     """Measure one layer. What fails is said in the result, not raised."""
+    if lost := options.place.lost():
+        return LayerResult(shape=shape, error=lost)
+    result = _measure(shape, options, rivals)
+    # A kernel that crashes on a board shows as a broken connection.
+    if result.error and (lost := options.place.lost()):
+        return replace(result, error=lost)
+    return result
+
+
+def _measure(shape: Shape, options: Options, rivals: list[Rival]) -> LayerResult:
     try:
         workload = workloads.make(shape, options.dtype, options.epilogue, options.weight_bits)
-        kernel = kernels.build(workload, options.target)
+        kernel = kernels.build(workload, options.target, place=options.place)
     except Exception as error:
         return LayerResult(shape=shape, error=_words(error))
     chosen = {
@@ -120,7 +139,9 @@ def run_layer(shape: Shape, options: Options, rivals: list[Rival]) -> LayerResul
     notes: dict[str, str] = {}
     for rival in rivals:
         try:
-            samplers[rival.name], notes[rival.name] = rival.prepare(workload, options.target)
+            samplers[rival.name], notes[rival.name] = rival.prepare(
+                workload, options.target, options.place
+            )
         except Exception as error:
             notes[rival.name] = _words(error)
     timings = interleave(samplers, options.rounds, options.min_time / options.rounds)
@@ -144,9 +165,8 @@ def _rival_result(timing: Timing | Exception | None, note: str) -> RivalResult:
 
 
 def _words(error: Exception) -> str:
-    """Return an error's message on one line; TVM's carry a stack below the first."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
+    """Return an error's message on one line, with its type where that says more."""
+    text = first_line(error)
     if isinstance(error, Unavailable | ValueError | RuntimeError):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}"

@@ -6,7 +6,7 @@ import json
 
 from tvm.target import Target
 
-from topi_int8 import _host
+from topi_int8 import _host, target_names
 from topi_int8 import target as targets
 
 # The names of the command line; "amx" is what oneDNN and everyone else call it.
@@ -42,7 +42,7 @@ def missing_features(target: Target) -> list[str]:
 
 
 def parse_target(text: str) -> Target:
-    """Return the Target of a command line: TVM's own string, or a JSON dictionary.
+    """Return the Target of a command line: our name, TVM's own string, or a JSON dictionary.
 
     Raises
     ------
@@ -50,10 +50,13 @@ def parse_target(text: str) -> Target:
         When TVM does not know it, or it is no CPU target of LLVM.
     """
     try:
+        if text in target_names.TARGETS:
+            return targets.named(text)
         target = Target(json.loads(text) if text.lstrip().startswith("{") else text)
     except Exception as error:
         raise ValueError(
-            f"target is {text!r}; allowed: what tvm.target.Target takes: {error}"
+            f"target is {text!r}; allowed: a name of topi_int8.target_names, or what "
+            f"tvm.target.Target takes: {error}"
         ) from None
     targets.features(target)
     return target

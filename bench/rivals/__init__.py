@@ -1,7 +1,7 @@
 """Other engines on the same layers, in the same run: each prepares a workload and is sampled.
 
-A rival has ``prepare(workload, target) -> (Sampler, note)``; it raises `Unavailable` with the
-reason where it cannot run a workload, which the table then shows in place of a number.
+A rival has ``prepare(workload, target, place) -> (Sampler, note)``; it raises `Unavailable` with
+the reason where it cannot run a workload, which the table then shows in place of a number.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tvm.target import Target
 
+from ..place import Place
 from ..timing import Sampler
 from ..workloads import Workload
 
@@ -24,7 +25,7 @@ class Rival(Protocol):
     name: str
     title: str
 
-    def prepare(self, workload: Workload, target: Target) -> tuple[Sampler, str]:
+    def prepare(self, workload: Workload, target: Target, place: Place) -> tuple[Sampler, str]:
         """Return what times the workload, and a note (its kernel's name); or raise Unavailable."""
         ...
 

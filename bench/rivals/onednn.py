@@ -17,6 +17,8 @@ from tvm.target import Target
 from topi_int8.workload import Conv2dWorkload
 
 from .. import targets
+from ..place import HERE as THIS_MACHINE
+from ..place import Place
 from ..timing import Sampler
 from ..workloads import OUTPUTS, Workload
 from . import Unavailable
@@ -110,8 +112,12 @@ class OneDnn:
         self._isa = ""
         self._requests = 0
 
-    def prepare(self, workload: Workload, target: Target) -> tuple[Sampler, str]:
+    def prepare(
+        self, workload: Workload, target: Target, place: Place = THIS_MACHINE
+    ) -> tuple[Sampler, str]:
         """Create the primitive; see `Rival`. The note is the implementation's name."""
+        if place.remote:
+            raise Unavailable("on this machine only")
         if not is_set_up(self.root):
             raise Unavailable("not set up (make onednn)")
         self._start(targets.isa_of(target))

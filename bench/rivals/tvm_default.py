@@ -14,6 +14,7 @@ from tvm.target import Target
 from topi_int8 import override
 from topi_int8.workload import Conv2dWorkload, Epilogue
 
+from ..place import HERE, Graph, Place
 from ..timing import Sampler
 from ..workloads import Workload, random_operands
 from . import Unavailable
@@ -40,25 +41,33 @@ class TvmDefault:
             raise ValueError(f"limit is {limit}; allowed: seconds > 0")
         self.limit = limit
 
-    def prepare(self, workload: Workload, target: Target) -> tuple[Sampler, str]:
+    def prepare(
+        self, workload: Workload, target: Target, place: Place = HERE
+    ) -> tuple[Sampler, str]:
         """Compile the layer; see `Rival`."""
-        estimate = workload.macs / ESTIMATED_MACS_PER_SECOND
+        self.refuse(workload.macs)
+        module, data = relax_module(workload)
+        return self.prepare_module(module, data, target, place)
+
+    def refuse(self, macs: int) -> None:
+        """Raise Unavailable where that much work is estimated to take longer than the limit."""
+        estimate = macs / ESTIMATED_MACS_PER_SECOND
         if estimate > self.limit:
             raise Unavailable(f"skipped: est. {estimate:.1f} s")
-        module, data = relax_module(workload)
+
+    def prepare_module(
+        self, module: tvm.IRModule, inputs: list[np.ndarray], target: Target, place: Place
+    ) -> tuple[Sampler, str]:
+        """Compile a whole Relax module instead of a layer; see `Rival`."""
         with override.disabled():
-            compiled = tvm.compile(module, target=target)
-        device = tvm.cpu()
-        machine = relax.VirtualMachine(compiled, device)
-        args = [tvm.runtime.tensor(array) for array in data]
-        first = machine.time_evaluator("main", device, number=1, repeat=1)(*args).results[0]
+            graph = Graph(tvm.compile(module, target=target), place)
+        [first] = graph.evaluate(1, 1, *inputs)
 
         def sample(seconds: float) -> list[float]:
             if first > self.limit:
                 return [1e6 * first]
             runs = max(1, min(100, round(seconds / first)))
-            timer = machine.time_evaluator("main", device, number=1, repeat=runs)
-            return [1e6 * run for run in timer(*args).results]
+            return [1e6 * run for run in graph.evaluate(1, runs)]
 
         # "~": few runs of a slow kernel, not a minimum of many.
         return sample, "~" if first > 1e-2 else ""
