@@ -35,6 +35,20 @@ def _reason(report: pytest.TestReport) -> str:
     return text.removeprefix("Skipped: ")
 
 
+def _under_qemu(terminalreporter: pytest.TerminalReporter) -> list[str]:
+    """Sum up what tests recorded as "qemu": (instruction set and CPU model, what ran, how much)."""
+    totals: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
+            if name == "qemu":
+                where, what, count = value
+                totals[where, what] += count
+    lines = {where: [] for where, _ in sorted(totals)}
+    for (where, what), count in totals.items():
+        lines[where].append(f"{what}: {count}")
+    return [f"under qemu, {where}: {'; '.join(rest)}" for where, rest in lines.items()]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which instruction sets this CPU ran natively, and count the skips by their reasons."""
     from topi_int8 import target
@@ -43,6 +57,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
     terminalreporter.section("what this machine could show")
     terminalreporter.write_line(f"native instruction sets: {', '.join(native) or 'none of ours'}")
+    for line in _under_qemu(terminalreporter):
+        terminalreporter.write_line(line)
     terminalreporter.write_line(f"skipped: {sum(skipped.values())}")
     for reason, count in skipped.most_common():
         terminalreporter.write_line(f"  {count} x {reason}")

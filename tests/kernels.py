@@ -23,6 +23,7 @@ import tvm
 
 from tests import emulator, reference
 from topi_int8 import strategy, target
+from topi_int8.kernel import Blocks, Kernel
 from topi_int8.workload import Conv2dWorkload, MatmulWorkload
 
 Workload = Conv2dWorkload | MatmulWorkload
@@ -71,19 +72,22 @@ class Built:
 
     work: Workload
     decision: strategy.Decision
-    kernel: strategy.Kernel
+    kernel: Kernel
     library: tvm.runtime.Executable
 
 
-def decide(work: Workload, isa: str) -> strategy.Decision:
+def decide(work: Workload, isa: str, layout: str = "NCHWc") -> strategy.Decision:
     """Return the strategy table's decision on the canonical Target of an ISA."""
-    table = strategy.conv2d if isinstance(work, Conv2dWorkload) else strategy.matmul
-    return table(work, target.isa_target(isa))
+    if isinstance(work, MatmulWorkload):
+        return strategy.matmul(work, target.isa_target(isa))
+    return strategy.conv2d(work, target.isa_target(isa), layout)
 
 
-def build(work: Workload, isa: str, blocks: strategy.Blocks | None = None) -> Built:
+def build(
+    work: Workload, isa: str, blocks: Blocks | None = None, layout: str = "NCHWc"
+) -> Built:
     """Compile the kernel that the strategy table chooses."""
-    decision = decide(work, isa)
+    decision = decide(work, isa, layout)
     kernel = decision.kernel(blocks)
     module = tvm.IRModule({"main": kernel.func})
     return Built(work, decision, kernel, tvm.compile(module, target=target.isa_target(isa)))
@@ -178,7 +182,12 @@ def _pack(built: Built, array: np.ndarray, is_output: bool) -> np.ndarray:
         return array.reshape(1, work.batch, 1, work.m, -1)
     # Padding channels may hold anything: their weights are zero.
     layout, pad = (kernel.out_layout, 0) if is_output else (kernel.data_layout, 77)
-    return layout.pack(array, pad)
+    return _as_kernel_sees(layout.pack(array, pad))
+
+
+def _as_kernel_sees(array: np.ndarray) -> np.ndarray:
+    """Return NHWC as the one block that it is to a kernel."""
+    return array[:, None] if array.ndim == 4 else array
 
 
 def run(built: Built, ops: reference.Operands) -> np.ndarray:
@@ -189,8 +198,9 @@ def run(built: Built, ops: reference.Operands) -> np.ndarray:
         out = np.empty((1, work.batch, 1, work.m, work.n), out_dtype)
         return call(built.library, inputs(built, ops), out).reshape(*lead, work.m, work.n)
     layout = built.kernel.out_layout
-    out = np.empty(layout.shape(work.n, work.oc, work.oh, work.ow), out_dtype)
-    return layout.unpack(call(built.library, inputs(built, ops), out), work.oc)
+    shape = layout.shape(work.n, work.oc, work.oh, work.ow)
+    out = _as_kernel_sees(np.empty(shape, out_dtype))
+    return layout.unpack(call(built.library, inputs(built, ops), out).reshape(shape), work.oc)
 
 
 # ---------------------------------------------------------------- compare
@@ -226,11 +236,12 @@ def check(
     isa: str,
     seed: int = 0,
     extreme: bool = False,
-    blocks: strategy.Blocks | None = None,
+    blocks: Blocks | None = None,
+    layout: str = "NCHWc",
 ) -> Built:
     """Build, run and compare; the test is skipped where the ISA cannot be executed."""
     require(isa)
-    built = build(work, isa, blocks)
+    built = build(work, isa, blocks, layout)
     ops = reference.random_operands(work, seed, extreme)
     compare(work, run(built, ops), expected(work, ops))
     return built

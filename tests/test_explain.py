@@ -12,9 +12,10 @@ from rich.console import Console
 from tvm import relax
 
 import topi_int8
-from topi_int8 import explain, library_counts
+from topi_int8 import explain, library_counts, strategy
 from topi_int8.explain import Explanation, _ranges
-from topi_int8.target import isa_target
+from topi_int8.target import isa_target, named
+from topi_int8.workload import Conv2dWorkload
 
 NN = relax.op.nn
 RNG = np.random.default_rng(2)
@@ -280,3 +281,20 @@ def test_counting_what_is_no_llvm_library() -> None:
     source = tvm.compile(module(lambda emit, x: emit(NN.relu(x)), ((3, 4), "float32")), "c")
     with pytest.raises(ValueError, match="allowed: one with an llvm module"):
         library_counts(source)
+
+
+@pytest.mark.parametrize(
+    ("core", "products"),
+    [
+        ("cortex-a72", {"smull", "smlal2", "sadalp"}),
+        ("neoverse-n1", {"sdot"}),
+        ("neoverse-v1", {"smmla"}),
+        ("rpi2", {"vmull.s8", "vmlal.s8", "vpadal.s16"}),
+    ],
+)
+def test_arms_products_are_those_on_vectors(core: str, products: set[str]) -> None:
+    """Divisions by constants are smull and smmla of general registers: they do not count."""
+    work = Conv2dWorkload(1, 64, 7, 8, 64, 1, 1, data_dtype="int8", weight_range=(-127, 127))
+    func = strategy.conv2d(work, named(core)).kernel().func.with_attr("global_symbol", "main")
+    counts = library_counts(tvm.compile(tvm.IRModule({"main": func}), target=named(core)))
+    assert set(counts.instructions) == products

@@ -16,12 +16,14 @@ ROOMS = {
     "intrinsics": (),
     "topi_int8/compute": ("intrinsics", "layout", "workload", "compute"),
     "topi_int8/schedule": ("intrinsics", "layout", "workload", "compute", "schedule"),
-    "topi_int8/strategy.py": (
+    "topi_int8/kernel.py": (
         "intrinsics", "layout", "workload", "compute", "schedule", "target",
     ),
+    "topi_int8/strategy.py": ("kernel", "workload", "target"),
     "topi_int8/workload.py": (),
     "topi_int8/layout.py": (),
-    "topi_int8/target.py": ("_host", "_requirements"),
+    "topi_int8/target.py": ("_host", "_requirements", "target_names"),
+    "topi_int8/target_names.py": (),
 }  # fmt: skip
 
 

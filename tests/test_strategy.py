@@ -14,8 +14,9 @@ from tests.grid import DEPTHWISE, DTYPES, FLOATS, MATMULS, SHAPES
 from topi_int8 import strategy
 from topi_int8.compute.conv2d import PackedConv2d
 from topi_int8.compute.depthwise import PackedDepthwise
-from topi_int8.strategy import PROVEN_7BIT, STRATEGIES, Blocks, activation_block
-from topi_int8.target import X86_ISAS, features, isa_target
+from topi_int8.kernel import Blocks, activation_block, default_blocks
+from topi_int8.strategy import PROVEN_7BIT, STRATEGIES
+from topi_int8.target import AARCH64_ISAS, ARM_ISAS, X86_ISAS, features, isa_target
 from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload
 
 CONV = Conv2dWorkload(1, 64, 14, 14, 64, 3, 3)
@@ -24,7 +25,12 @@ SUFFIXES = (
     "amx_int8", "avx512_vnni", "avx_vnni", "avx512_bw_7bit", "avx512_bw", "avx2_7bit", "avx2",
     "generic",
 )  # fmt: skip
+ARM_SUFFIXES = (
+    "neon_i8mm", "neon_usdot", "neon_dotprod", "neon", "neon_full", "armv7_neon", "armv7_neon_full",
+)  # fmt: skip
 ISAS = [isa.name for isa in X86_ISAS]
+ARM = [isa.name for isa in (*AARCH64_ISAS, *ARM_ISAS)]
+STEMS = {"conv2d": "conv2d_nchwc", "matmul": "matmul", "conv2d_nhwc": "conv2d_nhwc"}
 
 
 def conv(change: dict) -> Conv2dWorkload:
@@ -34,15 +40,16 @@ def conv(change: dict) -> Conv2dWorkload:
 # ---- the table
 
 
-@pytest.mark.parametrize(("op", "stem"), [("conv2d", "conv2d_nchwc"), ("matmul", "matmul")])
+@pytest.mark.parametrize(("op", "stem"), STEMS.items())
 def test_order(op, stem):
-    assert [row.name for row in STRATEGIES if row.op == op] == [f"{stem}_{s}" for s in SUFFIXES]
+    suffixes = (*SUFFIXES[:-1], *ARM_SUFFIXES, SUFFIXES[-1])
+    assert [row.name for row in STRATEGIES if row.op == op] == [f"{stem}_{s}" for s in suffixes]
 
 
 def test_names_are_unique_and_rows_need_real_isas():
     names = [row.name for row in STRATEGIES]
     assert len(set(names)) == len(names)
-    assert {row.isa for row in STRATEGIES} == set(ISAS)
+    assert {row.isa for row in STRATEGIES} == {*ISAS, *ARM}
     for row in STRATEGIES:
         if row.intrinsic in DOT_INTRINSICS:
             assert DOT_INTRINSICS[row.intrinsic].isa == row.isa
@@ -50,8 +57,8 @@ def test_names_are_unique_and_rows_need_real_isas():
 
 def test_isas_come_fastest_first():
     """A row never stands before one whose instruction set is wider."""
-    order = ["amx_int8", "avx512_vnni", "avx_vnni", "avx512_bw", "avx2", "generic"]
-    for op in ("conv2d", "matmul"):
+    order = ["amx_int8", "avx512_vnni", "avx_vnni", "avx512_bw", "avx2", *ARM, "generic"]
+    for op in STEMS:
         at = [order.index(row.isa) for row in STRATEGIES if row.op == op]
         assert at == sorted(at)
 
@@ -70,8 +77,143 @@ def test_the_fastest_that_the_target_has_wins(work, isa):
         assert ("not known to be 7-bit" if unproven else "target lacks") in reason
 
 
+@pytest.mark.parametrize("isa", ARM)
+@pytest.mark.parametrize("work", [CONV, MATMUL], ids=["conv2d", "matmul"])
+def test_on_arm_the_fastest_wins_and_only_arms_rows_are_asked(work, isa):
+    decide = strategy.conv2d if work is CONV else strategy.matmul
+    stem = "conv2d_nchwc" if work is CONV else "matmul"
+    safe = dataclasses.replace(work, weight_range=(-127, 127))
+    decision = decide(safe, isa_target(isa))
+    assert decision.strategy == f"{stem}_{isa}"
+    table = AARCH64_ISAS if isa.startswith("neon") else ARM_ISAS
+    before = [row.name for row in table][: [row.name for row in table].index(isa)]
+    lacking = {"neon_usdot": "neon_i8mm"}
+    names = [name for s in before for name in (s, *(n for n, of in lacking.items() if of == s))]
+    assert decision.declined == tuple(
+        (f"{stem}_{name}", f"target lacks {lacking.get(name, name)}") for name in names
+    )
+
+
+@pytest.mark.parametrize("isa", ["neon", "armv7_neon"])
+@pytest.mark.parametrize(
+    ("weight_range", "reason"),
+    [(None, "weights may be -128"), ((-128, 5), "a weight is -128")],
+)
+def test_pairs_of_products_need_weights_above_128(isa, weight_range, reason):
+    work = conv({"weight_range": weight_range})
+    decision = strategy.conv2d(work, isa_target(isa))
+    assert decision.strategy == f"conv2d_nchwc_{isa}_full"
+    assert reason in dict(decision.declined)[f"conv2d_nchwc_{isa}"]
+
+
+# What a depthwise convolution gets: instruction set x taps x stride.
+DEPTHWISE_3X3 = Conv2dWorkload(
+    1, 64, 28, 28, 64, 3, 3, groups=64, padding=(1, 1, 1, 1), weight_range=(-127, 127)
+)
+LONGER = "gathering {} rows takes longer than multiplying by them"
+
+
+@pytest.mark.parametrize("layout", strategy.LAYOUTS)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "reason"),
+    [
+        ((3, 3), 1, None),
+        ((3, 3), 2, LONGER.format(3)),
+        ((5, 5), 1, None),
+        ((5, 5), 2, None),
+        ((7, 7), 1, None),
+        ((4, 4), 2, None),
+        ((1, 1), 1, LONGER.format(1)),
+        ((1, 7), 1, LONGER.format(1)),
+        ((7, 1), 1, LONGER.format(7)),
+        ((2, 2), 1, LONGER.format(2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("isa", ["neon_dotprod", "neon_i8mm"])
+def test_depthwise_by_dot_products(isa, kernel, stride, reason, layout):
+    """The sums of the cost rule, by hand: 12 a new column and 4 a tap, against 4 a tap."""
+    work = dataclasses.replace(
+        DEPTHWISE_3X3, kh=kernel[0], kw=kernel[1], strides=(stride, stride)
+    )
+    decision = strategy.conv2d(work, isa_target(isa), layout)
+    stem = f"depthwise_{layout.lower()}"
+    if reason is None:
+        assert decision.strategy == f"{stem}_neon_dotprod" and not decision.declined
+    else:
+        assert decision.strategy == f"{stem}_neon"
+        assert decision.declined == ((f"{stem}_neon_dotprod", reason),)
+
+
+@pytest.mark.parametrize(
+    ("isa", "change", "strategy_name", "reasons"),
+    [
+        ("neon", {}, "neon", {"neon_dotprod": "target lacks neon_dotprod"}),
+        ("armv7_neon", {}, "armv7_neon", {}),
+        # dot products need no proof, pairs do
+        ("neon_dotprod", {"weight_range": None}, "neon_dotprod", {}),
+        ("neon", {"weight_range": None}, "", {"neon": "weights may be -128"}),
+        ("armv7_neon", {"weight_range": None}, "", {"armv7_neon": "weights may be -128"}),
+        ("neon", {"weight_range": (-128, 0)}, "", {"neon": "a weight is -128"}),
+        (
+            "neon", {"weight_dtype": "uint8", "weight_range": (0, 255)}, "",
+            {"neon": "span [0, 255], not int8"},
+        ),
+        ("neon", {"weight_dtype": "uint8", "weight_range": (0, 127)}, "neon", {}),
+        ("neon_dotprod", {"weight_dtype": "uint8", "weight_range": None}, "neon_dotprod", {}),
+        # with a zero point they must be proven to fit int8
+        (
+            "neon_dotprod", {"weight_zero_point": 5, "weight_range": None}, "",
+            {"neon_dotprod": "may not fit int8", "neon": "may not fit int8"},
+        ),
+        (
+            "neon_dotprod", {"weight_dtype": "uint8", "weight_zero_point": 128,
+                             "weight_range": (0, 255)}, "neon_dotprod", {},
+        ),
+        (
+            "neon", {"weight_dtype": "uint8", "weight_zero_point": 128, "weight_range": (0, 255)},
+            "", {"neon": "a weight is -128"},
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_depthwise_on_arm(isa, change, strategy_name, reasons):
+    decision = strategy.conv2d(dataclasses.replace(DEPTHWISE_3X3, **change), isa_target(isa))
+    stem = "depthwise_nchwc"
+    assert decision.strategy == (f"{stem}_{strategy_name}" if strategy_name else stem)
+    declined = dict(decision.declined)
+    for suffix, reason in reasons.items():
+        assert reason in declined[f"{stem}_{suffix}"]
+
+
+@pytest.mark.parametrize(("channels", "stays"), [(16, True), (64, True), (20, False), (8, False)])
+def test_nhwc_gathers_sixteen_channels(channels, stays):
+    work = dataclasses.replace(DEPTHWISE_3X3, ic=channels, oc=channels, groups=channels)
+    decision = strategy.conv2d(work, isa_target("neon_dotprod"), "NHWC")
+    assert decision.strategy == "depthwise_nhwc_neon" + ("_dotprod" if stays else "")
+    reason = f"{channels} channels are no multiple of 16"
+    assert (dict(decision.declined).get("depthwise_nhwc_neon_dotprod") == reason) != stays
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_depthwise_on_x86_asks_no_row_of_arm(isa):
+    decision = strategy.conv2d(DEPTHWISE_3X3, isa_target(isa))
+    assert (decision.strategy, decision.declined) == ("depthwise_nchwc", ())
+
+
+def test_one_output_pixel_is_no_matrix():
+    target = isa_target("neon_i8mm")
+    decision = strategy.matmul(dataclasses.replace(MATMUL, m=1), target)
+    assert decision.strategy == "matmul_neon_usdot"
+    assert "one output pixel" in decision.declined[0][1]
+    for change in ({"data_dtype": "int8"}, {"weight_dtype": "uint8"}):
+        decision = strategy.matmul(dataclasses.replace(MATMUL, m=1, **change), target)
+        assert decision.strategy == "matmul_neon_dotprod"
+        assert "both signed or both unsigned" in decision.declined[1][1]
+
+
 @pytest.mark.parametrize("table", [SHAPES, DTYPES, FLOATS, MATMULS, DEPTHWISE])
-@pytest.mark.parametrize("isa", ["generic", "amx_int8"])
+@pytest.mark.parametrize("isa", ["generic", "amx_int8", *ARM])
 def test_something_accepts_everything(table, isa):
     feats = features(isa_target(isa))
     for work in table.values():
@@ -79,15 +221,13 @@ def test_something_accepts_everything(table, isa):
         decision = decide(work, feats)
         assert decision.strategy_row.accepts(work, feats) is None
         assert all(reason for _, reason in decision.declined)
-        assert decision.strategy.endswith("float32") == work.is_float
+        assert ("float32" in decision.strategy) == work.is_float
 
 
 def test_last_row_of_each_operator_accepts_on_any_target():
     feats = features({"kind": "llvm", "mtriple": "riscv64-unknown-linux-gnu"})
     last = {row.op: row for row in STRATEGIES}
-    assert set(last) == {
-        "conv2d", "depthwise", "matmul", "conv2d_float32", "depthwise_float32", "matmul_float32",
-    }  # fmt: skip
+    assert set(last) == set(strategy._OPS)
     awkward = dataclasses.replace(MATMUL, k=7, batch=3, weight_dtype="uint8", weight_zero_point=9)
     for row in last.values():
         assert row.isa == "generic"
@@ -212,18 +352,18 @@ def test_activation_block(isa, channels, more, block):
 @given(st.sampled_from(ISAS), st.integers(1, 700), st.integers(1, 700))
 def test_default_blocks_are_what_the_kernels_take(isa, ic, oc):
     feats = features(isa_target(isa))
-    blocks = strategy.default_blocks(conv({"ic": ic, "oc": oc}), feats)
+    blocks = default_blocks(conv({"ic": ic, "oc": oc}), feats)
     assert blocks.out % 16 == 0
     assert blocks.data % 4 == 0
-    assert strategy.default_blocks(MatmulWorkload(3, oc, ic), feats) == Blocks(
-        ic, -(-oc // 16) * 16
+    assert default_blocks(MatmulWorkload(3, oc, ic), feats) == Blocks(
+        ic, -(-oc // 16) * 16, oc
     )
 
 
 def test_depthwise_keeps_one_block():
     work = DEPTHWISE["c65"]
     for isa in ISAS:
-        blocks = strategy.default_blocks(work, features(isa_target(isa)))
+        blocks = default_blocks(work, features(isa_target(isa)))
         assert blocks.data == blocks.out
 
 
@@ -251,6 +391,7 @@ def test_rows_validate_and_are_frozen():
         ({"widened": 8}, r"widened is 8; allowed: >= 16"),
         ({"window": True}, r"window with several data blocks"),
         ({"flat": True, "window": True, "in_block": 64}, r"flat with strides \(1, 1\)"),
+        ({"partial": True}, r"partial with k 4; allowed: multiples of 8, integers"),
     ],
 )
 def test_packings_validate(change, message):
@@ -269,3 +410,29 @@ def test_packings_refuse_the_wrong_operator_and_weight():
     ):
         packing.pack_weight(np.full((64, 64, 3, 3), -128, "int8"))
     assert CONV.epilogue == Epilogue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"how": "quads"}, r"how is 'quads'; allowed: plain, pairs, row_pairs, dot"),
+        ({"how": "dot", "block": 24}, r"block is 24; allowed with dot: multiples of 16"),
+        ({"how": "dot", "strip": 5}, r"strip is 5; allowed: divisors of 28"),
+    ],
+)
+def test_depthwise_packings_validate(change, message):
+    PackedDepthwise(DEPTHWISE_3X3, **({"block": 16, "how": "dot", "strip": 14}))
+    with pytest.raises(ValueError, match=message):
+        PackedDepthwise(DEPTHWISE_3X3, **({"block": 16} | change))
+
+
+def test_depthwise_packings_refuse_weights_beyond_int8():
+    work = dataclasses.replace(DEPTHWISE_3X3, weight_zero_point=100)
+    weight = np.full((64, 1, 3, 3), -28, "int8")
+    for how in ("pairs", "dot"):
+        packing = PackedDepthwise(work, 16, how, "int8")
+        assert packing.pack_weight(weight).min() == -128
+        with pytest.raises(ValueError, match=r"=100 spans \[-129, -129\]; allowed: .* of int8"):
+            packing.pack_weight(weight - 1)
+    # Plain products take int16.
+    assert PackedDepthwise(work, 16).pack_weight(weight - 1).min() == -129

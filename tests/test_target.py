@@ -13,7 +13,8 @@ from tvm import te
 from tvm.s_tir import Schedule
 from tvm.target import Target, codegen
 
-from topi_int8 import _host, target
+import topi_int8
+from topi_int8 import _host, target, target_names
 from topi_int8.target import features, host_target, is_supported, isa_target, runs_here
 
 TRIPLE = "x86_64-unknown-linux-gnu"
@@ -50,7 +51,15 @@ def x86(mcpu: str = "x86-64", *mattr: str) -> dict:
         (x86("cascadelake", "-avx2"), ("generic",)),
         (x86("sapphirerapids", "-amx-tile"), ALL[1:]),
         (x86("sapphirerapids", "-avx512f"), ("amx_int8", "avx_vnni", "avx2", "generic")),
-        ({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+dotprod"]}, ("generic",)),
+        ({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+dotprod"]},
+         ("neon_dotprod", "neon", "generic")),
+        ({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"},
+         ("neon", "generic")),
+        # Matrix multiply without the dot product is no row of ours.
+        ({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+i8mm", "-dotprod"]},
+         ("neon", "generic")),
+        ({"kind": "llvm", "mtriple": "armv7a-linux-gnueabihf", "mattr": ["+neon"]},
+         ("armv7_neon", "generic")),
         ({"kind": "llvm", "mtriple": "riscv64-unknown-linux-gnu"}, ("generic",)),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
@@ -321,11 +330,57 @@ def test_num_cores(cpu):
 
 def test_other_machines_get_plain_llvm(cpu, monkeypatch):
     cpu("")
-    monkeypatch.setattr(_host, "machine", lambda: "aarch64")
+    monkeypatch.setattr(_host, "machine", lambda: "riscv64")
     host = host_target(num_cores=4)
     assert host.kind.name == "llvm" and host.attrs["num-cores"] == 4
     assert "mcpu" not in host.attrs and "mattr" not in host.attrs
     assert not runs_here("generic")
+
+
+@pytest.mark.parametrize(
+    ("features_line", "isas"),
+    [
+        ("fp asimd evtstrm crc32 cpuid", ("neon", "generic")),
+        ("fp asimd fphp asimdhp asimddp", ("neon_dotprod", "neon", "generic")),
+        ("fp asimd asimddp sve i8mm", ("neon_i8mm", "neon_dotprod", "neon", "generic")),
+        ("", ("neon", "generic")),  # not Linux: NEON is never missing
+    ],
+)
+def test_aarch64_hosts(features_line, isas, monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "".join(f"processor\t: {i}\nFeatures\t: {features_line}\n\n" for i in range(2))
+    )
+    monkeypatch.setattr(_host, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(_host, "machine", lambda: "aarch64")
+    assert features(host_target(num_cores=2)).isas == isas
+    assert runs_here(isas[0]) == bool(features_line)
+    assert not runs_here("avx2")
+    assert features(host_target("neon")).isas == ("neon", "generic")
+    with pytest.raises(ValueError, match="max_isa is 'avx2'; allowed: neon_i8mm"):
+        host_target("avx2")
+
+
+def test_named_targets():
+    rpi4 = topi_int8.target("rpi4")
+    assert rpi4.attrs["mcpu"] == "cortex-a72" and rpi4.attrs["num-cores"] == 4
+    assert target.named("rpi4", num_cores=2).attrs["num-cores"] == 2
+    wanted = {
+        "cortex-a53": "neon", "cortex-a72": "neon", "cortex-a55": "neon_dotprod",
+        "neoverse-n1": "neon_dotprod", "neoverse-v1": "neon_i8mm", "graviton3": "neon_i8mm",
+        "rpi2": "armv7_neon", "cascadelake": "avx512_vnni",
+    }  # fmt: skip
+    assert {name: features(target.named(name)).isas[0] for name in wanted} == wanted
+    with pytest.raises(ValueError, match=r"name is 'rpi9'; allowed: .*rpi4"):
+        topi_int8.target("rpi9")
+    with pytest.raises(ValueError, match="num_cores is 0; allowed: 1 or more"):
+        topi_int8.target("rpi4", num_cores=0)
+
+
+@pytest.mark.parametrize("name", target_names.TARGETS)
+def test_llvm_knows_every_name(name):
+    found = features(target.named(name))
+    assert found.arch == target_names.TARGETS[name].arch and len(found.isas) > 1
 
 
 def test_no_cpuinfo_is_the_baseline(cpu, monkeypatch, tmp_path):

@@ -116,7 +116,7 @@ def test_a_rival_that_cannot_says_so(monkeypatch, tmp_path: Path):
     class Shy:
         name, title = "tvm", "Shy"
 
-        def prepare(self, workload, target):
+        def prepare(self, workload, target, place):
             raise Unavailable("not today")
 
         def close(self):

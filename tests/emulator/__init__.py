@@ -1,9 +1,10 @@
 """Executing kernels for ISAs that this machine lacks.
 
-Three tools, all for correctness only:
+Tools, all for correctness only:
 
 * ``install(["amx", "avxvnni"])``: a SIGILL-trap emulator inside this process (``amx_trap.c``),
 * ``bochs.py``: a whole emulated machine, for AVX-512 and AVX512-VNNI,
+* ``arm.py``, ``bare.py``, ``arm_rpc.py``: ARM kernels under qemu, alone or in TVM's RPC server,
 * ``build_runner()``: a C++ program (``runner.cpp``) that runs exported kernels with nothing but the
   TVM runtime, here or inside the emulated machine.
 

@@ -17,10 +17,10 @@ from intrinsics.x86_amx import TILES
 from tests.emulator import counts, native_features, reset
 from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
 from tests.kernels import Assembly, build, check, check_instructions, decide
-from topi_int8 import strategy
+from topi_int8 import kernel
+from topi_int8.kernel import Blocks
 from topi_int8.schedule import x86_amx
 from topi_int8.schedule.x86_amx import choose_block, choose_rows, choose_step
-from topi_int8.strategy import Blocks
 from topi_int8.target import features, isa_target, runs_here
 from topi_int8.workload import Conv2dWorkload
 
@@ -162,8 +162,8 @@ def convolutions(draw) -> Conv2dWorkload:
 @given(convolutions())
 def test_block_fits_the_registers_and_divides_the_shape(work):
     feats = features(isa_target("amx_int8"))
-    with mock.patch.object(x86_amx, "schedule") as schedule, mock.patch.object(strategy, "_kernel"):
-        strategy._build_amx(work, strategy.default_blocks(work, feats), feats, True)
+    with mock.patch.object(x86_amx, "schedule") as schedule, mock.patch.object(kernel, "_kernel"):
+        kernel.build_amx(work, kernel.default_blocks(work, feats), feats, True)
     packing, block, _ = schedule.call_args.args
     rows, padded = choose_rows(packing.columns)
     assert packing.ow_padded == padded and block == choose_block(packing, rows)

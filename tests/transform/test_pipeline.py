@@ -280,9 +280,15 @@ def test_the_gpu_pipeline_is_not_ours() -> None:
     assert not [gvar for gvar in enabled.get_global_vars() if "nchwc" in gvar.name_hint]
 
 
-@pytest.mark.parametrize("triple", ["aarch64-linux-gnu", "riscv64-unknown-linux-gnu"])
-def test_generic_kernels_are_compiled_for_what_is_no_x86(triple: str) -> None:
+@pytest.mark.parametrize(
+    ("triple", "kernel"),
+    [
+        ("aarch64-linux-gnu", "conv2d_nchwc_neon"),
+        ("riscv64-unknown-linux-gnu", "conv2d_nchwc_generic"),
+    ],
+)
+def test_kernels_are_compiled_for_what_is_no_x86(triple: str, kernel: str) -> None:
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "num-cores": 1})
     executable = tvm.compile(quantized_net("mobilenet"), target)
     (module,) = [m for m in (executable.mod, *executable.mod.imports) if m.kind == "llvm"]
-    assert "nchwc_generic" in module.inspect_source("ll")
+    assert kernel in module.inspect_source("ll")
