@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 from bench import board, board_cpu, cli, cross, run
 from bench.shape_lines import parse_line
-from tests.bench.local_board import HOST, NO_QEMU, QEMU_PYTHON, free_port, local_board
+from tests.bench.local_board import NO_QEMU, QEMU_PYTHON, local_board
+from tests.rpc_process import HOST
 from topi_int8 import target as targets
 
 KEY = "haswell"  # names a target, which any x86-64 machine of today executes
@@ -112,8 +114,10 @@ def test_refusals(here, args, words):
 
 
 def test_no_tracker():
-    address = f"{HOST}:{free_port()}"
-    done = bench("conv", "--rpc", address, "--key", "rpi4", "--shape", TINY, "--cc", "true")
+    with socket.socket() as bound:  # it never listens, so a connection is refused
+        bound.bind((HOST, 0))
+        address = f"{HOST}:{bound.getsockname()[1]}"
+        done = bench("conv", "--rpc", address, "--key", "rpi4", "--shape", TINY, "--cc", "true")
     assert done.exit_code == 2
     assert f"rpc is '{address}': nothing answers there" in done.stderr
     assert "python -m tvm.exec.rpc_tracker" in done.stderr

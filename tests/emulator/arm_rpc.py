@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +20,10 @@ import numpy as np
 import tvm
 from tvm import rpc
 
+from tests.rpc_process import HOST, RpcProcess
+
 from . import EmulatorError
 from .arm import PYTHON, export
-
-_START = 120  # seconds; four on an idle machine
-_HOST = "127.0.0.1"
 
 
 class Server:
@@ -48,48 +43,36 @@ class Server:
     def __init__(self, cpu: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="arm-rpc-"))
         self._uploads = 0
-        port = _free_port()
-        command = [str(PYTHON), "-m", "tvm.exec.rpc_server", "--host", _HOST]
-        command += ["--port", str(port), "--port-end", str(port + 1)]
-        # What the server stores is removed with the folder, however it ends. It ends with this
-        # process in any case: setpriv asks the kernel for that.
+        # qemu is a child of the script that PYTHON is, so it asks by itself to end with this one.
         launcher = "setpriv --pdeathsig KILL" if shutil.which("setpriv") else ""
-        environment = {"QEMU_CPU": cpu, "QEMU_LAUNCHER": launcher, "TMPDIR": str(self.folder)}
-        with (self.folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                cwd=self.folder,
-                start_new_session=True,
-            )
+        environment = {"QEMU_CPU": cpu, "QEMU_LAUNCHER": launcher}
         try:
-            self.remote = self._connect(port)
+            self._process = RpcProcess("server", self.folder, PYTHON, environment=environment)
+        except RuntimeError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise EmulatorError(str(error)) from error
+        try:
+            self.remote = self._connect()
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, port: int) -> rpc.RPCSession:
-        deadline = time.monotonic() + _START
-        while time.monotonic() < deadline and self.alive:
-            # The server says when it listens; connecting earlier would only fill its log.
-            if f":{port}" in self.log:
-                return rpc.connect(_HOST, port)
+    def _connect(self) -> rpc.RPCSession:
+        for _ in range(100):
+            with contextlib.suppress(RuntimeError):  # it has bound its port, and listens soon
+                return rpc.connect(HOST, self._process.port)
             time.sleep(0.1)
-        raise EmulatorError(f"no RPC server within {_START} s; its log:\n{self.log}")
+        raise EmulatorError(f"the RPC server does not answer; its log:\n{self.log}")
 
     @property
     def alive(self) -> bool:
         """Whether the server's process runs."""
-        return self._process.poll() is None
+        return self._process.alive
 
     @property
     def log(self) -> str:
         """The end of what the server printed."""
-        path = self.folder / "log"
-        return path.read_text(errors="replace")[-4000:] if path.exists() else "(none)"
+        return self._process.log
 
     def load(self, executable: tvm.runtime.Executable, isa: str) -> Any:
         """Link, upload and load what `tvm.compile` built; return the remote module."""
@@ -101,9 +84,7 @@ class Server:
 
     def close(self) -> None:
         """End the server and everything it started, and remove what it stored."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -136,12 +117,6 @@ def close_all() -> None:
     """End all servers."""
     while _servers:
         _servers.popitem()[1].close()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((_HOST, 0))
-        return sock.getsockname()[1]
 
 
 def runner(server: Server, module: Any) -> Callable[[str, Sequence[np.ndarray]], list[np.ndarray]]:
