@@ -36,7 +36,7 @@ def switched_off():
     before = is_enabled()
     disable()
     yield
-    assert not override._blocks
+    assert not override._switch._blocks
     (enable if before else disable)()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -64,13 +66,47 @@ def test_other_pair_is_refused_in_one_sentence_with_the_fix(installed, versions)
     assert command == ["python", "-m", "pip", "install", *SUPPORTED[0].pins()]
 
 
-def test_a_tvm_without_ffi_distribution_has_room(installed, monkeypatch):
-    relay = Pair(tvm="0.17.0", ffi=None)
-    monkeypatch.setattr(_requirements, "SUPPORTED", (*SUPPORTED, relay))
-    installed(**{"apache-tvm": "0.17.0"})
-    assert check() is relay
-    installed(**{"apache-tvm": "0.17.0", "apache-tvm-ffi": "0.1.14.post1"})
-    with pytest.raises(ImportError, match=r"apache-tvm==0\.17\.0, but"):
+@pytest.fixture
+def relay_tvm(monkeypatch, tmp_path):
+    """Pretend that `import tvm` would find a TVM built from source, with Relay, of a version."""
+
+    def pretend(version: str) -> None:
+        folder = tmp_path / "tvm"
+        for room in ("relay", "_ffi"):
+            (folder / room).mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").touch()
+        (folder / "_ffi" / "libinfo.py").write_text(f'import os\n__version__ = "{version}"\n')
+        spec = importlib.machinery.ModuleSpec("tvm", None, origin=str(folder / "__init__.py"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+    return pretend
+
+
+@pytest.mark.parametrize("version", ["0.17.0", "0.17.dev0", "0.18.0", "0.19.0.post1"])
+def test_relay_needs_no_distribution(installed, relay_tvm, version):
+    relay_tvm(version)
+    installed()
+    assert check() == Pair(tvm=version, ffi=None)
+    installed(**{"apache-tvm": version})
+    assert check() == Pair(tvm=version, ffi=None)
+    installed(**{"apache-tvm": version, "apache-tvm-ffi": "0.1.14.post1"})
+    with pytest.raises(ImportError, match=r"or, for Relay, a TVM from 0\.17 on and before 0\.20"):
+        check()
+
+
+@pytest.mark.parametrize("version", ["0.16.0", "0.20.0", "1.17", "next"])
+def test_other_relays_are_refused(installed, relay_tvm, version):
+    relay_tvm(version)
+    installed()
+    with pytest.raises(ImportError, match=f"has apache-tvm {version} with"):
+        check()
+
+
+def test_a_tvm_without_relay_is_none(installed, relay_tvm, tmp_path):
+    relay_tvm("0.17.0")
+    (tmp_path / "tvm" / "relay").rmdir()
+    installed()
+    with pytest.raises(ImportError, match=r"apache-tvm \(not installed\)"):
         check()
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from .compute.conv2d import PackedConv2d, window_taps
 from .compute.depthwise import PackedDepthwise
 from .layout import Layout
 from .schedule import arm, spatial_pack, x86_amx
-from .schedule import depthwise as depthwise_schedule
+from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
 from .workload import Conv2dWorkload, MatmulWorkload
 
@@ -42,6 +43,16 @@ class Blocks:
     stored: int = 0
 
 
+class Plan(Protocol):
+    """A packed convolution and what one family of schedules chose for it."""
+
+    conv: Any  # PackedConv2d or PackedDepthwise
+
+    def schedule(self) -> Any:
+        """Return the scheduled PrimFunc."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A scheduled kernel and how to pack its operands.
@@ -49,12 +60,25 @@ class Kernel:
     ``func`` takes (data, weight, [bias], [scale], [residual], out): bias when `takes_bias`, scale
     and residual when the workload's epilogue has them. Packers take the operator's own arrays
     (weights OIHW or (batch, N, K)) and return what `func` takes.
+
+    Parameters
+    ----------
+    packing : PackedConv2d, PackedDepthwise or MatmulPacking
+        The packers.
+    plan : Plan
+        What its schedule chose; ``func`` is scheduled by it when first asked for.
+    data_layout, out_layout : Layout
     """
 
-    func: Any
-    packing: PackedConv2d | PackedDepthwise
+    packing: PackedConv2d | PackedDepthwise | MatmulPacking
+    plan: Plan
     data_layout: Layout
     out_layout: Layout
+
+    @cached_property
+    def func(self) -> Any:
+        """The scheduled PrimFunc."""
+        return self.plan.schedule()
 
     @property
     def takes_bias(self) -> bool:
@@ -204,7 +228,7 @@ def _widened(block: int, step: int) -> int:
 
 def _spatial_pack(
     work: Workload, blocks: Blocks, lanes: int, k: int, dtypes: tuple[str, str],
-    registers: int, uops: int, intrinsic: str | None,
+    registers: int, uops: int, intrinsic: DotIntrinsic | None,
 ) -> Kernel:  # fmt: skip
     """Build the broadcast-dot convolution or matmul."""
     conv_work, out_block = work, blocks.out
@@ -220,15 +244,16 @@ def _spatial_pack(
         conv_work.oh, conv_work.ow, per_group, out_block // lanes, registers, uops
     )
     packing = replace(packing, ow_padded=ow_padded)
-    return _kernel(work, blocks, packing, spatial_pack.schedule(packing, tile, intrinsic))
+    return _kernel(work, blocks, spatial_pack.SpatialPack(packing, tile, intrinsic))
 
 
-def _kernel(work: Workload, blocks: Blocks, packing: Any, func: Any) -> Kernel:
+def _kernel(work: Workload, blocks: Blocks, plan: Plan) -> Kernel:
+    packing = plan.conv
     packers = MatmulPacking(work, packing) if isinstance(work, MatmulWorkload) else packing
     if isinstance(work, Conv2dWorkload) and blocks.stored:
         nhwc = Layout("NHWC")
-        return Kernel(func, packers, nhwc, nhwc)
-    return Kernel(func, packers, packing.data_layout, packing.out_layout)
+        return Kernel(packers, plan, nhwc, nhwc)
+    return Kernel(packers, plan, packing.data_layout, packing.out_layout)
 
 
 def build_dot(name: str) -> Build:
@@ -237,7 +262,7 @@ def build_dot(name: str) -> Build:
     def build(work: Workload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
         dot: DotIntrinsic = DOT_INTRINSICS[name]
         return _spatial_pack(
-            work, blocks, dot.n, dot.k, (dot.a, dot.b), dot.registers, dot.uops, dot.register()
+            work, blocks, dot.n, dot.k, (dot.a, dot.b), dot.registers, dot.uops, dot
         )
 
     return build
@@ -277,7 +302,7 @@ def build_amx(work: Workload, blocks: Blocks, _feats: Features, ask: bool) -> Ke
     rows, ow_padded = x86_amx.choose_rows(packing.columns)
     packing = replace(packing, ow_padded=ow_padded)
     block = x86_amx.choose_block(packing, rows)
-    return _kernel(work, blocks, packing, x86_amx.schedule(packing, block, ask))
+    return _kernel(work, blocks, x86_amx.AmxPlan(packing, block, ask))
 
 
 def build_arm(isa: str, how: str) -> Build:
@@ -307,7 +332,7 @@ def build_arm(isa: str, how: str) -> Build:
             product, packing.rows, packing.columns, out_block, packing.crops
         )
         packing = replace(packing, lanes=n, ow_padded=ow_padded)
-        return _kernel(work, blocks, packing, arm.schedule(packing, product, h, w))
+        return _kernel(work, blocks, arm.plan(packing, product, h, w))
 
     return build
 
@@ -329,8 +354,7 @@ def build_depthwise(work: Conv2dWorkload, blocks: Blocks, feats: Features, _ask:
     """Build the depthwise convolution with plain vector multiply-adds."""
     lanes, registers = _vector_lanes(feats)
     packing = PackedDepthwise(work, blocks.out)
-    func = depthwise_schedule.schedule(packing, lanes, registers)
-    return _kernel(work, blocks, packing, func)
+    return _kernel(work, blocks, DepthwisePlan(packing, lanes, registers))
 
 
 def build_arm_depthwise(how: str) -> Build:
@@ -343,12 +367,11 @@ def build_arm_depthwise(how: str) -> Build:
             # As the instructions take them: both signed, both unsigned, or (usdot) mixed.
             mixed = feats.has("neon_i8mm") and work.weight_dtype == "int8"
             a = work.data_dtype if mixed else work.weight_dtype
-        strip = depthwise_schedule.choose_strip(work) if how == "dot" else 1
+        strip = choose_strip(work) if how == "dot" else 1
         # With few registers, or many taps, LLVM would keep all weights, and spill them.
         by_rows = how == "pairs" and (feats.arch == "arm" or work.kh * work.kw > 9)
         packing = PackedDepthwise(work, blocks.out, "row_pairs" if by_rows else how, a, strip)
         lanes, registers = _vector_lanes(feats)
-        func = depthwise_schedule.schedule(packing, lanes, registers)
-        return _kernel(work, blocks, packing, func)
+        return _kernel(work, blocks, DepthwisePlan(packing, lanes, registers))
 
     return build

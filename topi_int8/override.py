@@ -14,9 +14,7 @@ own by name.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,7 @@ from tvm.relax.backend import cpu_generic
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic_pipeline
 from tvm.target import Target
 
+from .switch import Switch
 from .target import is_supported
 
 Factory = Callable[..., tvm.transform.Pass]
@@ -94,84 +93,26 @@ class _Slot:
     key: str
     wrap: Callable[[Factory], Factory]
 
+    def install(self) -> Callable[[], None]:
+        """Put ours there; return what puts the very object back that was found.
 
-_SLOTS: tuple[_Slot, ...] = (
+        A place that somebody else has replaced since is left to them.
+        """
+        found = self.names[self.key]
+        replacement = self.wrap(found)
+        self.names[self.key] = replacement
+
+        def restore() -> None:
+            if self.names.get(self.key) is replacement:
+                self.names[self.key] = found
+
+        return restore
+
+
+_switch = Switch(
     _Slot(relax.pipeline.PIPELINE_MAP, "default", _wrap_default),
     _Slot(vars(cpu_generic), "get_default_pipeline", _wrap_target),
     _Slot(vars(cpu_generic_pipeline), "get_default_pipeline", _wrap_target),
 )
-
-
-@dataclass(eq=False)
-class _Block:
-    """An open ``with disabled()`` and the state to return to when it closes."""
-
-    resume: bool
-
-
-_lock = threading.RLock()
-_installed: list[tuple[_Slot, Factory, Factory]] = []  # slot, what we found, what we put there
-_blocks: list[_Block] = []
-
-
-def is_enabled() -> bool:
-    """Whether TVM's compile goes through our pipeline now."""
-    return bool(_installed)
-
-
-def enable() -> None:
-    """Make `tvm.compile` use our pipeline for LLVM CPU targets; does nothing when it is on.
-
-    Inside a ``with disabled():`` block it takes effect at once, and the block's end restores what
-    was before it.
-    """
-    with _lock:
-        if _installed:
-            return
-        for slot in _SLOTS:
-            found = slot.names[slot.key]
-            replacement = slot.wrap(found)
-            slot.names[slot.key] = replacement
-            _installed.append((slot, found, replacement))
-
-
-def disable() -> None:
-    """Put back the very objects that `enable` found; does nothing when it is off.
-
-    A place that somebody else has replaced since is left to them.
-    """
-    with _lock:
-        while _installed:
-            slot, found, replacement = _installed.pop()
-            if slot.names.get(slot.key) is replacement:
-                slot.names[slot.key] = found
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """Leave TVM as it was found while the block runs, then return to the state before it.
-
-    Blocks may be nested, and may overlap in several threads: the switch is one for the whole
-    process, and stays off until the last of the overlapping blocks is closed.
-    """
-    with _lock:
-        block = _Block(resume=is_enabled())
-        _blocks.append(block)
-        disable()
-    try:
-        yield
-    finally:
-        with _lock:
-            _close(block)
-
-
-def _close(block: _Block) -> None:
-    position = _blocks.index(block)
-    del _blocks[position]
-    if position < len(_blocks):
-        # Another thread opened its block inside ours and is not done: it returns to our state.
-        _blocks[position].resume = block.resume
-    elif block.resume:
-        enable()
-    else:
-        disable()
+enable, disable = _switch.enable, _switch.disable
+disabled, is_enabled = _switch.disabled, _switch.is_enabled

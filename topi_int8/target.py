@@ -51,6 +51,9 @@ KERNEL_FLAG: Mapping[str, str] = {
     "amx-int8": "amx_int8",
 }
 
+# LLVM before 12 does not know the levels: their features are named one by one.
+_LLVM_WITH_LEVELS = 12
+
 # x86-64-v4 tells LLVM to prefer 256-bit vectors: loops it vectorises itself would come out in ymm
 # registers. Vectors that a schedule names are left alone either way.
 FULL_WIDTH = "-prefer-256-bit"
@@ -273,7 +276,8 @@ def _x86_triple() -> str:
 
 def _x86_target(wanted: frozenset[str], num_cores: int | None = None) -> Target:
     """The Target that names exactly `wanted`: the highest level in it, the rest one by one."""
-    level = next(name for name, _ in reversed(LEVELS) if wanted.issuperset(_level_features(name)))
+    levels = LEVELS if codegen.llvm_version_major() >= _LLVM_WITH_LEVELS else LEVELS[:1]
+    level = next(name for name, _ in reversed(levels) if wanted.issuperset(_level_features(name)))
     rest = sorted(wanted.difference(_level_features(level)))
     mattr = [f"+{name}" for name in rest] + ([FULL_WIDTH] if "avx512f" in wanted else [])
     config: dict[str, Any] = {"kind": "llvm", "mtriple": _x86_triple(), "mcpu": level}

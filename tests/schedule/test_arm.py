@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import pytest
 import tvm
@@ -20,7 +19,6 @@ from intrinsics.arm_dot import PRODUCTS, ArmBlock
 from tests.grid import DTYPES
 from topi_int8 import kernel, strategy
 from topi_int8.compute.conv2d import window_taps
-from topi_int8.schedule import arm
 from topi_int8.schedule.arm import choose_block, choose_step, wants_flat, wants_window
 from topi_int8.target import Features, features, isa_target, named
 from topi_int8.workload import Conv2dWorkload, Epilogue
@@ -138,12 +136,8 @@ def test_packing_is_what_the_block_reads(isa, how, work, layout, signed):
     mixed = (isa, how) == ("neon_i8mm", "dot")  # usdot, of unsigned data alone
     work = replace(work, data_dtype="int8" if signed and not mixed else "uint8")
     blocks = kernel.default_blocks(work, feats, layout)
-    with (
-        mock.patch.object(arm.blocks, "schedule") as schedule,
-        mock.patch.object(kernel, "_kernel"),
-    ):
-        kernel.build_arm(isa, how)(work, blocks, feats, True)
-    packing, block = schedule.call_args.args
+    plan = kernel.build_arm(isa, how)(work, blocks, feats, True).plan
+    packing, block = plan.conv, plan.block
     assert (packing.lanes, packing.k) == (block.n, block.k)
     assert packing.partial == block.product.partial
     assert packing.ow_padded % block.w == 0 and packing.rows % block.h == 0

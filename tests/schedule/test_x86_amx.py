@@ -7,7 +7,6 @@ On a CPU without AMX the tiles are emulated, and the rest of the kernel is AVX2.
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -19,7 +18,6 @@ from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
 from tests.kernels import Assembly, build, check, check_instructions, decide
 from topi_int8 import kernel
 from topi_int8.kernel import Blocks
-from topi_int8.schedule import x86_amx
 from topi_int8.schedule.x86_amx import choose_block, choose_rows, choose_step
 from topi_int8.target import features, isa_target, runs_here
 from topi_int8.workload import Conv2dWorkload
@@ -162,9 +160,8 @@ def convolutions(draw) -> Conv2dWorkload:
 @given(convolutions())
 def test_block_fits_the_registers_and_divides_the_shape(work):
     feats = features(isa_target("amx_int8"))
-    with mock.patch.object(x86_amx, "schedule") as schedule, mock.patch.object(kernel, "_kernel"):
-        kernel.build_amx(work, kernel.default_blocks(work, feats), feats, True)
-    packing, block, _ = schedule.call_args.args
+    plan = kernel.build_amx(work, kernel.default_blocks(work, feats), feats, True).plan
+    packing, block = plan.conv, plan.block
     rows, padded = choose_rows(packing.columns)
     assert packing.ow_padded == padded and block == choose_block(packing, rows)
     assert block.c_tiles + min(block.m_tiles, block.n_tiles) + 1 <= TILES

@@ -312,16 +312,19 @@ def _convert(conv: PackedConv2d, value: Any) -> Any:
     return value
 
 
-def conv2d(conv: PackedConv2d) -> list[Any]:
-    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution."""
-    w, epi = conv.work, conv.work.epilogue
-    acc_dtype = "float32" if w.is_float else "int32"
-    data = te.placeholder((w.n, conv.in_blocks, w.ih, w.iw, conv.in_block), w.data_dtype, "data")
-    weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
-    out_shape = (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store)
-    channel_shape = (conv.out_blocks, conv.out_block)
-    operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channel_shape, out_shape)
+def accumulate(conv: PackedConv2d, data: Any, weight: Any) -> Any:
+    """Return the sums (n, out_blocks, rows, ow_padded, out_block): stages "pad", "conv", "sum".
 
+    Parameters
+    ----------
+    conv : PackedConv2d
+    data : te.Tensor
+        (n, in_blocks, ih, iw, in_block).
+    weight : te.Tensor
+        `conv.weight_shape`.
+    """
+    w = conv.work
+    acc_dtype = "float32" if w.is_float else "int32"
     source = pad_stage(conv, data) if conv.needs_pad else data
     sh, sw = w.strides
     dh, dw = w.dilation
@@ -356,15 +359,26 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, *taps, ik, kk])
 
     acc_shape = (w.n, conv.out_blocks, conv.rows, conv.ow_padded, conv.out_block)
-    if conv.partial:
-        parts = te.compute((*acc_shape, PARTIALS), product, name="conv")
-        acc = te.compute(
-            acc_shape,
-            lambda *at: parts[(*at, 0)] + parts[(*at, 1)] + parts[(*at, 2)] + parts[(*at, 3)],
-            name="sum",
-        )
-    else:
-        acc = te.compute(acc_shape, product, name="conv")
+    if not conv.partial:
+        return te.compute(acc_shape, product, name="conv")
+    parts = te.compute((*acc_shape, PARTIALS), product, name="conv")
+    return te.compute(
+        acc_shape,
+        lambda *at: parts[(*at, 0)] + parts[(*at, 1)] + parts[(*at, 2)] + parts[(*at, 3)],
+        name="sum",
+    )
+
+
+def conv2d(conv: PackedConv2d) -> list[Any]:
+    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution."""
+    w, epi = conv.work, conv.work.epilogue
+    acc_dtype = "float32" if w.is_float else "int32"
+    data = te.placeholder((w.n, conv.in_blocks, w.ih, w.iw, conv.in_block), w.data_dtype, "data")
+    weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
+    out_shape = (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store)
+    channel_shape = (conv.out_blocks, conv.out_block)
+    operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channel_shape, out_shape)
+    acc = accumulate(conv, data, weight)
 
     def store(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
         # In a padded column the residual is read at the last real one: the value is cropped away.
@@ -377,7 +391,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
         ro = o if conv.out_store == conv.out_block else tir.min(o, conv.out_store - 1)
         return operands.apply(acc[n, ob, y, x, o], (ob, o), (n, ob, ry, rx, ro))
 
-    out = te.compute(acc_shape, store, name="out")
+    out = te.compute(acc.shape, store, name="out")
     if conv.crops:
         stored = out
 

@@ -246,6 +246,15 @@ def _dot(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
 _SUMS = {"plain": _plain, "pairs": _pairs, "row_pairs": _pairs, "dot": _dot}
 
 
+def accumulate(conv: PackedDepthwise, data: Any, weight: Any) -> Any:
+    """Return the sums (n, blocks, oh, ow, block) of packed data: stages "pad", ("gather",) "conv".
+    """
+    source = data
+    if conv.needs_pad:
+        source = pad_stage(conv.padded, data, conv.extra_rows)
+    return _SUMS[conv.how](conv, source, weight)
+
+
 def depthwise(conv: PackedDepthwise) -> list[Any]:
     """Return the TE tensors [data, weight, (bias), (scale), (residual), out]."""
     w, epi = conv.work, conv.work.epilogue
@@ -255,10 +264,7 @@ def depthwise(conv: PackedDepthwise) -> list[Any]:
     out_shape = (w.n, conv.blocks, w.oh, w.ow, conv.block)
     channels = (conv.blocks, conv.block)
     operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channels, out_shape)
-    source = data
-    if conv.needs_pad:
-        source = pad_stage(conv.padded, data, conv.extra_rows)
-    acc = _SUMS[conv.how](conv, source, weight)
+    acc = accumulate(conv, data, weight)
 
     def store(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
         return operands.apply(acc[n, cb, y, x, c], (cb, c), (n, cb, y, x, c))

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from intrinsics.arm_dot import ArmBlock, ArmProduct
 
 from ..compute.conv2d import PackedConv2d, window_taps
 from ..workload import Conv2dWorkload
-from . import blocks
+from .blocks import BlockPlan
 from .spatial_pack import divisors
 
 # Vector loads of 16 bytes that one instruction's time hides: two pipes each, on the cores that have
@@ -125,8 +123,8 @@ def choose_block(
     return best[1]
 
 
-def schedule(conv: PackedConv2d, product: ArmProduct, h: int, w: int) -> Any:
-    """Return the scheduled PrimFunc.
+def plan(conv: PackedConv2d, product: ArmProduct, h: int, w: int) -> BlockPlan:
+    """Return the plan of a convolution whose block of accumulators is chosen.
 
     Parameters
     ----------
@@ -143,4 +141,4 @@ def schedule(conv: PackedConv2d, product: ArmProduct, h: int, w: int) -> Any:
         stride_w=sw * conv.in_block if conv.window else sw, window=conv.window,
     )  # fmt: skip
     rolled = "all" if product.arch == "arm" else "whole"
-    return blocks.schedule(conv, block, vector=16, rolled=rolled)
+    return BlockPlan(conv, block, vector=16, rolled=rolled)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tvm import te
@@ -38,8 +39,9 @@ SHORT_REDUCTION = 8
 _ROLLED = "topi_int8.rolled"
 
 
-def schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str = "") -> Any:
-    """Return the scheduled PrimFunc of a packed convolution.
+@dataclass(frozen=True)
+class BlockPlan:
+    """A packed convolution and its block of accumulators.
 
     Parameters
     ----------
@@ -53,6 +55,18 @@ def schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str = "") ->
         Which short loops of the reduction stay loops: "" none, "whole" a reduction that is short as
         a whole, "all" the innermost in any case.
     """
+
+    conv: PackedConv2d
+    block: Block
+    vector: int
+    rolled: str = ""
+
+    def schedule(self) -> Any:
+        """Return the scheduled PrimFunc."""
+        return _schedule(self.conv, self.block, self.vector, self.rolled)
+
+
+def _schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str) -> Any:
     zero, dot, store = block.register()
     sch = Schedule(te.create_prim_func(conv2d(conv)))
     names = compat.block_names(sch)

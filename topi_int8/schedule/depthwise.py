@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import te
@@ -18,8 +19,9 @@ from .blocks import keep_rolled, roll
 from .spatial_pack import copy_stage, divisors, finish, parallel_tasks, zero_in_vectors
 
 
-def schedule(conv: PackedDepthwise, lanes: int, registers: int) -> Any:
-    """Return the scheduled PrimFunc.
+@dataclass(frozen=True)
+class DepthwisePlan:
+    """A depthwise convolution and the registers it may use.
 
     Parameters
     ----------
@@ -29,19 +31,33 @@ def schedule(conv: PackedDepthwise, lanes: int, registers: int) -> Any:
     registers : int
         Vector registers; half of them hold the strip, the rest what widening takes.
     """
+
+    conv: PackedDepthwise
+    lanes: int
+    registers: int
+
+    def tile(self) -> tuple[int, int]:
+        """Return (lanes of a vector of channels, columns of a strip)."""
+        conv = self.conv
+        if conv.how == "plain":
+            strip = max(divisors(conv.work.ow, self.registers // 2))
+            return max(divisors(conv.block, self.lanes)), strip
+        return (4, conv.strip) if conv.how == "dot" else choose_pairs(conv.block, conv.work.ow)
+
+    def schedule(self) -> Any:
+        """Return the scheduled PrimFunc."""
+        return _schedule(self.conv, *self.tile())
+
+
+def _schedule(conv: PackedDepthwise, lanes: int, strip: int) -> Any:
     sch = Schedule(te.create_prim_func(depthwise(conv)))
+    acc, owo = _tiled(sch, strip, lanes, channels_inside=conv.how == "dot")
     if conv.how == "plain":
-        lanes = max(divisors(conv.block, lanes))
-        strip = max(divisors(conv.work.ow, registers // 2))
-        acc, _ = _tiled(sch, strip, lanes)
         _plain(sch, acc)
-    elif conv.how != "dot":
-        lanes, strip = choose_pairs(conv.block, conv.work.ow)
-        acc, _ = _tiled(sch, strip, lanes)
-        _pairs(sch, acc)
-    else:
-        acc, owo = _tiled(sch, conv.strip, 4, channels_inside=True)
+    elif conv.how == "dot":
         _dot(sch, acc, owo, conv)
+    else:
+        _pairs(sch, acc)
     if "pad" in compat.block_names(sch):
         copy_stage(sch, compat.get_block(sch, "pad"))
     return roll(finish(sch))

@@ -16,6 +16,7 @@ from tvm import te
 
 from intrinsics import compat
 from intrinsics.compat import Schedule
+from intrinsics.x86_dot import DotIntrinsic
 
 from ..compute.conv2d import PackedConv2d, conv2d
 
@@ -102,17 +103,30 @@ def choose_tile(
     return best[1], best[2]
 
 
-def schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
-    """Return the scheduled PrimFunc of a packed convolution.
+@dataclass(frozen=True)
+class SpatialPack:
+    """A packed convolution and its register tile.
 
     Parameters
     ----------
     conv : PackedConv2d
         ``ow_padded`` must be whole tiles.
     tile : Tile
-    intrinsic : str or None
-        Registered tensor intrinsic of the inner (lanes, k) product; None vectorises it instead.
+    intrinsic : DotIntrinsic or None
+        The inner (lanes, k) product; None vectorises it instead.
     """
+
+    conv: PackedConv2d
+    tile: Tile
+    intrinsic: DotIntrinsic | None
+
+    def schedule(self) -> Any:
+        """Return the scheduled PrimFunc."""
+        name = None if self.intrinsic is None else self.intrinsic.register()
+        return _schedule(self.conv, self.tile, name)
+
+
+def _schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
     sch = Schedule(te.create_prim_func(conv2d(conv)))
     names = compat.block_names(sch)
     acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")

@@ -8,6 +8,7 @@ with the convolution's own stride, so nothing is gathered; a tap of the kernel i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from intrinsics import compat, x86_amx
@@ -15,7 +16,7 @@ from intrinsics.compat import tir
 
 from ..compute.conv2d import PackedConv2d
 from ..workload import Conv2dWorkload
-from . import blocks
+from .blocks import BlockPlan
 from .spatial_pack import divisors
 
 
@@ -94,14 +95,27 @@ def choose_block(conv: PackedConv2d, rows: int) -> x86_amx.AmxBlock:
     )  # fmt: skip
 
 
-def schedule(conv: PackedConv2d, block: x86_amx.AmxBlock, ask_permission: bool) -> Any:
-    """Return the scheduled PrimFunc of a packed convolution on AMX.
+@dataclass(frozen=True)
+class AmxPlan:
+    """A packed convolution and its block of tiles.
 
-    `conv.lanes` is 16 and `conv.k` is 4: that is how a B tile lies in memory. With `ask_permission`
-    the function asks the operating system for tile state before it starts.
+    Parameters
+    ----------
+    conv : PackedConv2d
+        `lanes` is 16 and `k` is 4: that is how a B tile lies in memory.
+    block : AmxBlock
+    ask_permission : bool
+        Whether the function asks the operating system for tile state before it starts.
     """
-    func = blocks.schedule(conv, block, vector=16)
-    return with_tile_state(func, block, int(conv.needs_pad), ask_permission)
+
+    conv: PackedConv2d
+    block: x86_amx.AmxBlock
+    ask_permission: bool
+
+    def schedule(self) -> Any:
+        """Return the scheduled PrimFunc."""
+        func = BlockPlan(self.conv, self.block, vector=16).schedule()
+        return with_tile_state(func, self.block, int(self.conv.needs_pad), self.ask_permission)
 
 
 def with_tile_state(
