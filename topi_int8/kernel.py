@@ -18,7 +18,7 @@ from intrinsics.x86_dot import DOT_INTRINSICS, DotIntrinsic
 
 from .compute.conv2d import PackedConv2d, window_taps
 from .compute.depthwise import PackedDepthwise
-from .layout import Layout
+from .layout import Layout, round_up
 from .schedule import arm, spatial_pack, x86_amx
 from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
@@ -36,11 +36,15 @@ class Blocks:
     stored : int
         Channels of each output block that are stored; 0: all. Fewer where the output is no packed
         tensor: a matmul's rows, and NHWC, whose single block is all channels.
+    plain : bool
+        Whether weights must lie as a layout of OIHW, and sums as the output does: no windows of
+        taps, no virtual rows. Relay's packed operators have no other.
     """
 
     data: int
     out: int
     stored: int = 0
+    plain: bool = False
 
 
 class Plan(Protocol):
@@ -135,18 +139,14 @@ def activation_block(
 def default_blocks(work: Workload, feats: Features, layout: str = "NCHWc") -> Blocks:
     """Return the blocks used when the caller has no wish; with "NHWC", one of all channels."""
     if isinstance(work, MatmulWorkload):
-        return Blocks(work.k, _round_up(work.n, 16), work.n)
+        return Blocks(work.k, round_up(work.n, 16), work.n)
     if layout == "NHWC":
-        out = work.oc if work.is_depthwise else _round_up(work.oc, 16)
+        out = work.oc if work.is_depthwise else round_up(work.oc, 16)
         return Blocks(work.ic, out, work.oc)
     out = activation_block(feats, work.oc, work.is_float)
     if work.is_depthwise:
         return Blocks(out, out)
     return Blocks(activation_block(feats, work.ic, work.is_float, entry=True), out)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 # ---------------------------------------------------------------- matmul as convolution
@@ -159,7 +159,7 @@ def matmul_as_conv(work: MatmulWorkload) -> tuple[Conv2dWorkload, int]:
     that the packed tensors are the matmul's own, (batch, M, K) and (batch, M, N), seen in five
     dimensions.
     """
-    out_block = _round_up(work.n, 16)
+    out_block = round_up(work.n, 16)
     conv = Conv2dWorkload(
         n=1, ic=work.batch * work.k, ih=1, iw=work.m, oc=work.batch * out_block, kh=1, kw=1,
         groups=work.batch, data_dtype=work.data_dtype, weight_dtype=work.weight_dtype,
@@ -223,7 +223,7 @@ class MatmulPacking:
 
 def _widened(block: int, step: int) -> int:
     """Return the data block filled up to whole steps, or 0 if it is whole."""
-    return _round_up(block, step) if block % step else 0
+    return round_up(block, step) if block % step else 0
 
 
 def _spatial_pack(
@@ -292,12 +292,12 @@ def build_amx(work: Workload, blocks: Blocks, _feats: Features, ask: bool) -> Ke
         conv_work, out_block = matmul_as_conv(work)
     # Whole steps of 64 channels where a block has more than one of them.
     widened = _widened(blocks.data, 64 if blocks.data > 64 else 4)
-    window = x86_amx.wants_window(conv_work, blocks.data)
+    window = not blocks.plain and x86_amx.wants_window(conv_work, blocks.data)
     weight = work.weight_dtype if work.weight_zero_point == 0 else "int8"
     packing = PackedConv2d(
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
         widened=widened, window=window, out_store=blocks.stored,
-        flat=not window and x86_amx.wants_flat(conv_work),
+        flat=not (window or blocks.plain) and x86_amx.wants_flat(conv_work),
     )  # fmt: skip
     rows, ow_padded = x86_amx.choose_rows(packing.columns)
     packing = replace(packing, ow_padded=ow_padded)
@@ -313,16 +313,17 @@ def build_arm(isa: str, how: str) -> Build:
         conv_work, out_block = work, blocks.out
         if isinstance(work, MatmulWorkload):
             conv_work, out_block = matmul_as_conv(work)
-        window = not work.is_float and arm.wants_window(conv_work, blocks.data, product.k)
+        window = not (work.is_float or blocks.plain)
+        window = window and arm.wants_window(conv_work, blocks.data, product.k)
 
         def channels(k: int) -> int:
             if window:
                 return blocks.data * window_taps(conv_work.kw, blocks.data, k)
-            return _round_up(blocks.data, k)
+            return round_up(blocks.data, k)
 
         # Whole rows of weights: of two lengths the one that pads less, else the longer.
         k = min(product.k, key=lambda k: (channels(k), -k))
-        flat = not window and arm.wants_flat(conv_work)
+        flat = not (window or blocks.plain) and arm.wants_flat(conv_work)
         packing = PackedConv2d(
             conv_work, blocks.data, out_block, 4, k, product.a, product.b,
             widened=0 if window else _widened(blocks.data, k), window=window, flat=flat,

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def round_up(value: int, step: int) -> int:
+    """Return the smallest multiple of step that is no less than value."""
+    return -(-value // step) * step
+
+
 @dataclass(frozen=True)
 class Layout:
     """An activation layout. ``name`` is "NCHW", "NHWC" or "NCHW{block}c"."""

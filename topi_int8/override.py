@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -24,7 +23,7 @@ from tvm.relax.backend import cpu_generic
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic_pipeline
 from tvm.target import Target
 
-from .switch import Switch
+from .switch import DictSlot, Switch
 from .target import is_supported
 
 Factory = Callable[..., tvm.transform.Pass]
@@ -85,34 +84,10 @@ def _wrap_target(stock: Factory) -> Factory:
     return get_default_pipeline
 
 
-@dataclass(frozen=True, eq=False)
-class _Slot:
-    """A place where TVM looks a pipeline factory up: a key of a dict (or of a module's)."""
-
-    names: dict[str, Any]
-    key: str
-    wrap: Callable[[Factory], Factory]
-
-    def install(self) -> Callable[[], None]:
-        """Put ours there; return what puts the very object back that was found.
-
-        A place that somebody else has replaced since is left to them.
-        """
-        found = self.names[self.key]
-        replacement = self.wrap(found)
-        self.names[self.key] = replacement
-
-        def restore() -> None:
-            if self.names.get(self.key) is replacement:
-                self.names[self.key] = found
-
-        return restore
-
-
 _switch = Switch(
-    _Slot(relax.pipeline.PIPELINE_MAP, "default", _wrap_default),
-    _Slot(vars(cpu_generic), "get_default_pipeline", _wrap_target),
-    _Slot(vars(cpu_generic_pipeline), "get_default_pipeline", _wrap_target),
+    DictSlot(relax.pipeline.PIPELINE_MAP, "default", _wrap_default),
+    DictSlot(vars(cpu_generic), "get_default_pipeline", _wrap_target),
+    DictSlot(vars(cpu_generic_pipeline), "get_default_pipeline", _wrap_target),
 )
 enable, disable = _switch.enable, _switch.disable
 disabled, is_enabled = _switch.disabled, _switch.is_enabled

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Slot(Protocol):
@@ -15,6 +15,30 @@ class Slot(Protocol):
     def install(self) -> Callable[[], None]:
         """Put ours there, and return what puts back what was found."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class DictSlot:
+    """A key of a dict (or of a module's names) whose value is wrapped."""
+
+    names: dict[str, Any]
+    key: str
+    wrap: Callable[[Any], Any]
+
+    def install(self) -> Callable[[], None]:
+        """Put ours there; return what puts the very object back that was found.
+
+        A place that somebody else has replaced since is left to them.
+        """
+        found = self.names[self.key]
+        replacement = self.wrap(found)
+        self.names[self.key] = replacement
+
+        def restore() -> None:
+            if self.names.get(self.key) is replacement:
+                self.names[self.key] = found
+
+        return restore
 
 
 @dataclass(eq=False)

@@ -43,6 +43,17 @@ def window_taps(kw: int, block: int, k: int) -> int:
     return next(taps for taps in range(kw, kw + k) if taps * block % k == 0)
 
 
+def merge_groups(weight: np.ndarray, groups: int, super_groups: int) -> np.ndarray:
+    """Return an OIHW weight of `groups` as one of `super_groups`, block-diagonal."""
+    (oc, icg, kh, kw), per_super = weight.shape, groups // super_groups
+    merged = np.zeros((oc, per_super * icg, kh, kw), weight.dtype)
+    for group in range(groups):
+        rows = slice(group * oc // groups, (group + 1) * oc // groups)
+        at = (group % per_super) * icg
+        merged[rows, at : at + icg] = weight[rows]
+    return merged
+
+
 PARTIALS = 4  # lanes of 32 bits in ARM's vectors
 
 
@@ -242,14 +253,11 @@ class PackedConv2d:
             If a weight zero point cannot be subtracted within the packed dtype.
         """
         w = self.work
-        icg, ocg = w.ic // w.groups, w.oc // w.groups
         wide = weight if w.is_float else weight.astype("int32") - w.weight_zero_point
-        blocks, per_super = self.in_blocks_per_group, w.groups // self.super_groups
-        oc = self.out_blocks * self.out_block
+        blocks, oc = self.in_blocks_per_group, self.out_blocks * self.out_block
+        merged = merge_groups(wide, w.groups, self.super_groups)
         dense = np.zeros((oc, blocks * self.in_block, w.kh, w.kw), wide.dtype)
-        for g in range(w.groups):
-            at = (g % per_super) * icg
-            dense[g * ocg : (g + 1) * ocg, at : at + icg] = wide[g * ocg : (g + 1) * ocg]
+        dense[: w.oc, : merged.shape[1]] = merged
         if self.window:
             # (oc, i, kh, kw) -> (oc, kw * i, kh, 1): taps side by side as they lie in a row.
             dense = np.pad(dense, ((0, 0), (0, 0), (0, 0), (0, self.window_taps - w.kw)))

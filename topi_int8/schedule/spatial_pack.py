@@ -9,6 +9,7 @@ once and multiplies them with every weight vector.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,17 +176,18 @@ def _schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
 TASKS = 32
 
 
-def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:
-    """Run the nest `loops` + `rows` in parallel, in no more tasks than it takes to share it out.
+def rows_per_task(outer: int, rows: int) -> int:
+    """Return how many rows a task takes, of `rows` in each of `outer` iterations around them.
 
     The rows stay serial inside a task as far as at least `TASKS` tasks remain.
     """
-    outer = 1
-    for loop in loops:
-        outer *= int(sch.get(loop).extent)
-    extent = int(sch.get(rows).extent)
-    serial = [d for d in divisors(extent, extent) if d == 1 or outer * extent // d >= TASKS]
-    whole = max(serial)
+    return max(d for d in divisors(rows, rows) if d == 1 or outer * rows // d >= TASKS)
+
+
+def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:
+    """Run the nest `loops` + `rows` in parallel, in no more tasks than it takes to share it out."""
+    outer = math.prod(int(sch.get(loop).extent) for loop in loops)
+    whole = rows_per_task(outer, int(sch.get(rows).extent))
     task, _ = sch.split(rows, [None, whole])
     sch.parallel(sch.fuse(*loops, task))
 

@@ -1,0 +1,149 @@
+"""Our implementations in Relay's op strategies, above upstream's, which all stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.relay.op import op as relay_op
+from tvm.relay.op.strategy import arm_cpu, generic, x86
+
+from ..strategy import PROVEN_7BIT
+from ..target import features, is_supported
+from . import call, te_compute, te_schedule
+from .call import NotOurs
+
+PLEVEL = 20  # upstream's best is 15
+SUFFIX = ".topi_int8"
+UPSTREAM_DENSE = "NC16n4c"  # the packed weight that upstream's dense and ours share
+
+# What may be known of a weight. Only a packed one is proven, by whoever packed it so: its layout is
+# that of the strategy which asks for the proof.
+_RANGES = (None, (-PROVEN_7BIT, PROVEN_7BIT))
+
+Strategy = Callable[[Any, Any, Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The strategy function of one operator for one target key.
+
+    Parameters
+    ----------
+    op : str
+        Name of the Relay operator.
+    generic : callable
+        Relay's generic function, in which strategies are registered by key.
+    key : str
+        "cpu" or "arm_cpu".
+    upstream : callable
+        What upstream registered there.
+    """
+
+    op: str
+    generic: Any
+    key: str
+    upstream: Strategy
+
+    def install(self) -> Callable[[], None]:
+        """Register ours; return what registers upstream's again."""
+        self.generic.register(self.key, self.strategy, override=True)
+        return lambda: self.generic.register(self.key, self.upstream, override=True)
+
+    def strategy(self, attrs: Any, inputs: Any, out_type: Any, target: Any) -> Any:
+        """Return upstream's strategy with our implementation added, where we have one."""
+        found = implementation(self.op, attrs, inputs, out_type, target)
+        if found is None:
+            return self.upstream(attrs, inputs, out_type, target)
+        only_ours, compute, schedule, name = found
+        strategy = relay_op.OpStrategy()
+        if not only_ours:
+            strategy = self.able(attrs, inputs, out_type, target)
+        strategy.add_implementation(compute, schedule, name=name, plevel=PLEVEL)
+        return strategy
+
+    def able(self, attrs: Any, inputs: Any, out_type: Any, target: Any) -> Any:
+        """Return upstream's strategy without the implementations that fail on this call.
+
+        Relay asks each for its computation before it compares them, and some raise: int8
+        convolutions with dilation (IndexError), operands of different types (AssertionError).
+        """
+        kept = relay_op.OpStrategy()
+        try:
+            specializations = self.upstream(attrs, inputs, out_type, target).specializations
+        except (AssertionError, RuntimeError, ValueError):
+            return kept
+        for implementation in (one for spec in specializations for one in spec.implementations):
+            try:
+                with target:
+                    implementation.compute(attrs, inputs, out_type)
+            except (AssertionError, IndexError, RuntimeError, ValueError):
+                continue
+            kept.add_implementation(
+                implementation.compute, implementation.schedule, implementation.name,
+                implementation.plevel,
+            )  # fmt: skip
+        return kept
+
+
+def implementation(
+    op: str, attrs: Any, inputs: Any, out_type: Any, target: Any
+) -> tuple[bool, Callable, Callable, str] | None:
+    """Return (no other can compute it, compute, schedule, name) for a call, or None."""
+    if not is_supported(target):
+        return None
+    for weight_range in _RANGES:
+        try:
+            req = call.request(op, attrs, *inputs[:2], str(out_type.dtype), weight_range)
+            decision = req.decide(features(target))
+            kernel = req.kernel(decision)
+            if te_schedule.supports(kernel.plan):
+                te_compute.lower(req, kernel, *inputs[:2])
+                break
+        except NotOurs:
+            continue
+        if not req.packed:
+            return None
+    else:
+        return None
+
+    # Upstream's implementations would misread, or refuse, a weight in a layout of our own.
+    only_ours = req.packed and req.kernel_layout != UPSTREAM_DENSE
+    made: list[Any] = []  # the call in TE, once Relay has asked for it
+
+    def compute(_attrs: Any, tensors: Any, _out_type: Any) -> list[Any]:
+        made[:] = [te_compute.lower(req, kernel, *tensors[:2])]
+        return [made[0].out]
+
+    def schedule(_attrs: Any, outs: Any, at: Any) -> Any:
+        with at:
+            return te_schedule.schedule(kernel.plan, made[0], list(outs))
+
+    return only_ours, compute, schedule, decision.strategy + SUFFIX
+
+
+SLOTS: tuple[_Slot, ...] = (
+    _Slot(call.CONV2D, generic.conv2d_strategy, "cpu", x86.conv2d_strategy_cpu),
+    _Slot(call.CONV2D, generic.conv2d_strategy, "arm_cpu", arm_cpu.conv2d_strategy_arm_cpu),
+    _Slot(
+        call.CONV2D_PACKED, generic.conv2d_NCHWc_strategy, "cpu", x86.conv2d_NCHWc_strategy_cpu
+    ),
+    _Slot(
+        call.CONV2D_PACKED, generic.conv2d_NCHWc_strategy, "arm_cpu",
+        arm_cpu.conv2d_NCHWc_strategy_arm_cpu,
+    ),
+    _Slot(
+        call.DEPTHWISE_PACKED, generic.depthwise_conv2d_NCHWc_strategy, "cpu",
+        x86.depthwise_conv2d_NCHWc_strategy_cpu,
+    ),
+    _Slot(
+        call.DEPTHWISE_PACKED, generic.depthwise_conv2d_NCHWc_strategy, "arm_cpu",
+        arm_cpu.depthwise_conv2d_NCHWc_strategy_arm_cpu,
+    ),
+    _Slot(call.DENSE, generic.dense_strategy, "cpu", x86.dense_strategy_cpu),
+    _Slot(call.DENSE, generic.dense_strategy, "arm_cpu", arm_cpu.schedule_dense_arm_cpu),
+    _Slot(call.DENSE_PACKED, generic.dense_pack_strategy, "cpu", x86.dense_pack_strategy_cpu),
+    _Slot(call.BATCH_MATMUL, generic.batch_matmul_strategy, "cpu", x86.batch_matmul_strategy_cpu),
+)  # fmt: skip
+
