@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import block_text
+from . import block_text, compat
 from .block_text import llvm_call
 
 REGISTERS = {"aarch64": 32, "arm": 16}
@@ -319,6 +319,9 @@ class ArmBlock:
 # ---------------------------------------------------------------- how products are made
 
 _X2 = '"int32x2"'
+# An LLVM that finds smlal2 in a product of widened upper halves. LLVM 10 finds it behind the
+# intrinsic alone; else it moves each upper half down first.
+_SEES_SMLAL2 = 22
 
 
 def _pairs(first: str, second: str) -> str:
@@ -349,6 +352,9 @@ def _long_product(block: ArmBlock, row: int, half: int, pixel: int, o: int) -> s
         part = "T.vectorhigh" if half else "T.vectorlow"
         a = f'{part}({a}, dtype="{block.product.a}x8")'
         b = f'{part}({b}, dtype="{block.product.b}x8")'
+    if block.product.arch == "aarch64" and compat.llvm_major() < _SEES_SMLAL2:
+        name = "smull" if block.product.a == "int8" else "umull"
+        return llvm_call(f"aarch64.neon.{name}.v8i16", wide, a, b)
     return f'T.Cast("{wide}", {a}) * T.Cast("{wide}", {b})'
 
 

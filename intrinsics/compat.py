@@ -25,14 +25,14 @@ try:
     from tvm.script import tirx as T
 
     Schedule, TensorIntrin = _s_tir.Schedule, _s_tir.TensorIntrin
-    _Block, _BlockRealize = _s_tir.SBlock, _s_tir.SBlockRealize
+    Block, _BlockRealize = _s_tir.SBlock, _s_tir.SBlockRealize
     IS_RELAX = True
 except ImportError:  # TVM <= 0.19
     from tvm import tir
     from tvm.script import tir as T
 
     Schedule, TensorIntrin = tir.Schedule, tir.TensorIntrin
-    _Block, _BlockRealize = tir.Block, tir.BlockRealize
+    Block, _BlockRealize = tir.Block, tir.BlockRealize
     IS_RELAX = False
 
 SCHEDULED_ATTR = "tirx.is_scheduled" if IS_RELAX else "tir.is_scheduled"
@@ -155,7 +155,7 @@ def rewrite_root(body: Any, rewrite: Any) -> Any:
     stmts = list(block.body) if isinstance(block.body, tir.SeqStmt) else [block.body]
     stmts = rewrite(stmts)
     inner = tir.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
-    rooted = _Block(
+    rooted = Block(
         block.iter_vars, block.reads, block.writes, block.name_hint, inner,
         block.init, block.alloc_buffers, block.match_buffers, block.annotations,
     )  # fmt: skip

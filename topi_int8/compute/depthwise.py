@@ -28,6 +28,7 @@ import numpy as np
 from tvm import te
 
 from intrinsics.compat import tir
+from intrinsics.long_product import long_product
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
@@ -142,8 +143,7 @@ class PackedDepthwise:
     @property
     def folds_bias(self) -> bool:
         """Whether the kernel adds a bias: the workload's own, or the zero point's compensation."""
-        folded = not self.work.is_float and self.work.data_zero_point != 0
-        return self.work.epilogue.bias or folded
+        return self.padded.folds_bias
 
     def pack_weight(self, weight: np.ndarray) -> np.ndarray:
         """Pack an OIHW weight (c, 1, kh, kw) into `weight_shape`."""
@@ -204,7 +204,7 @@ def _pairs(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
             row = y * w.strides[0] + kh * w.dilation[0]
             column = x * w.strides[1] + kw * w.dilation[1]
             a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
-            return a.astype("int16") * b.astype("int16")
+            return long_product(a, b)
 
         second = pair * 2 + 1
         both = tap(pair * 2)

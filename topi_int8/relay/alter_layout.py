@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relay, topi
+from tvm import relay, te, topi
 
 from ..compute.conv2d import PackedConv2d, merge_groups
 from ..compute.depthwise import PackedDepthwise
@@ -30,6 +30,13 @@ from . import call, te_schedule
 from .call import BATCH_MATMUL, CONV2D, DENSE, NotOurs
 
 Rewrite = Callable[..., Any]
+
+
+class _AtRunTime(NotOurs):
+    """A call whose weight our kernel packs at run time: to be left as it is.
+
+    Upstream would convert its operands for nothing, or (arm_cpu, NHWC) raise UnboundLocalError.
+    """
 
 
 def _flip(dtype: str) -> int:
@@ -56,13 +63,13 @@ def _read(op: str, attrs: Any, inputs: Any, types: Any, out_type: Any) -> tuple[
         raise NotOurs("the target is no LLVM CPU")
     feats = features(target)
     req = call.request(op, attrs, types[0], types[1], str(out_type.dtype))
+    if not te_schedule.supports(req.kernel(req.decide(feats)).plan):
+        raise NotOurs("TE has no schedule for it")
     weight = _constant(inputs[1])
     if weight is None:
-        raise NotOurs("the weight is no constant")
-    kernel = req.kernel(req.decide(feats))
-    if not te_schedule.supports(kernel.plan):
-        raise NotOurs("TE has no schedule for it")
-    return req, kernel, weight, feats
+        raise _AtRunTime("the weight is no constant")
+    req = call.with_proof(req, feats, weight)
+    return req, req.kernel(req.decide(feats)), weight, feats
 
 
 def _attrs(attrs: Any) -> dict[str, Any]:
@@ -178,7 +185,8 @@ def alter_conv2d(attrs: Any, inputs: Any, types: Any, out_type: Any) -> Any | No
         raise NotOurs(f"blocks of {packing.in_block} channels are no whole steps")
     new = _attrs(attrs) | {
         "channels": work.oc, "kernel_size": (work.kh, work.kw), "out_dtype": "int32",
-        "kernel_layout": call.kernel_layout(kernel), "data_layout": kernel.data_layout.name,
+        "kernel_layout": call.kernel_layout(kernel, req.proven),
+        "data_layout": kernel.data_layout.name,
         "out_layout": kernel.out_layout.name,
     }  # fmt: skip
     make = relay.nn.contrib_depthwise_conv2d_nchwc if depthwise else relay.nn.contrib_conv2d_nchwc
@@ -227,8 +235,8 @@ def alter_dense(attrs: Any, inputs: Any, types: Any, out_type: Any) -> Any | Non
     if conv.folds_bias or conv.widened or req.work.n % 16:
         raise NotOurs("operands are not as the kernel takes them")
     return relay.nn.contrib_dense_pack(
-        inputs[0], relay.const(weight.astype(kernel.weight_dtype)), call.kernel_layout(kernel),
-        None, "int32",
+        inputs[0], relay.const(weight.astype(kernel.weight_dtype)),
+        call.kernel_layout(kernel, req.proven), None, "int32",
     )  # fmt: skip
 
 
@@ -247,6 +255,64 @@ def legalize_batch_matmul(attrs: Any, inputs: Any, types: Any) -> Any | None:
         raise NotOurs("TE has no schedule for it")
 
 
+# ---------------------------------------------------------------- what lies between
+
+
+def _float_nchwc(upstream: Rewrite) -> Rewrite:
+    """Return upstream's AlterOpLayout of conv2d, float32 NHWC convolutions taken for NCHW ones.
+
+    Upstream packs float convolutions in NCHW only. What it leaves in NHWC is several times slower,
+    and stands beside our packed tensors with a layout change on either side.
+    """
+
+    def alter(attrs: Any, inputs: Any, types: Any, out_type: Any) -> Any:
+        layouts = str(attrs.data_layout), str(attrs.kernel_layout)
+        dense = layouts == ("NHWC", "HWIO") and int(attrs.groups) == 1
+        static = dense and all(isinstance(extent, tvm.tir.IntImm) for extent in types[0].shape)
+        if not (static and str(types[0].dtype) == str(types[1].dtype) == "float32"):
+            return upstream(attrs, inputs, types, out_type)
+        data, weight = (
+            te.placeholder([tensor.shape[layout.index(letter)] for letter in wanted], "float32")
+            for tensor, layout, wanted in zip(types[:2], layouts, ("NCHW", "OIHW"), strict=True)
+        )
+        new = _attrs(attrs) | {"data_layout": "NCHW", "kernel_layout": "OIHW", "out_layout": ""}
+        variables = (relay.var("x", shape=tensor.shape) for tensor in (data, weight))
+        shape = [out_type.shape["NHWC".index(letter)] for letter in "NCHW"]
+        as_nchw = relay.nn.conv2d(*variables, **new).attrs, inputs, [data, weight]
+        return upstream(*as_nchw, relay.TensorType(shape, out_type.dtype))
+
+    return alter
+
+
+def legalize_round(_attrs: Any, inputs: Any, types: Any) -> Any | None:
+    """Return rounding half away from zero without the call that LLVM makes for each element.
+
+    Adding the float32 below a half, of x's sign, and truncating is exact: the sum carries to the
+    next integer where x's fraction is a half or more, and nowhere else.
+    """
+    if str(types[0].dtype) != "float32":
+        return None
+    below_half = relay.const(float(np.nextafter(np.float32(0.5), np.float32(0))), "float32")
+    half = relay.multiply(relay.sign(inputs[0]), below_half)
+    return relay.trunc(relay.add(inputs[0], half))
+
+
+@dataclass(frozen=True)
+class _LegalizeSlot:
+    """The Legalize attribute of an operator that has none upstream."""
+
+    op: str
+    rewrite: Rewrite
+
+    def install(self) -> Callable[[], None]:
+        """Register ours; return what takes it away."""
+        found = relay.op.get(self.op)
+        if found.get_attr("FTVMLegalize") is not None:
+            return lambda: None  # somebody else's
+        relay.op.op.register_legalize(self.op, self.rewrite)
+        return lambda: found.reset_attr("FTVMLegalize")
+
+
 def _before(ours: Rewrite) -> Callable[[Rewrite], Rewrite]:
     """Return a wrapper that asks ours first and upstream where it is none of ours."""
 
@@ -254,6 +320,8 @@ def _before(ours: Rewrite) -> Callable[[Rewrite], Rewrite]:
         def rewrite(*args: Any) -> Any:
             try:
                 return ours(*args)
+            except _AtRunTime:
+                return None
             except NotOurs:
                 return upstream(*args)
 
@@ -270,10 +338,14 @@ _WRAPPED: tuple[tuple[Any, Rewrite], ...] = (
     (topi.nn.batch_matmul_legalize, legalize_batch_matmul),
 )
 
-SLOTS: tuple[DictSlot, ...] = tuple(
-    DictSlot(function.dispatch_dict, key, _before(ours))
-    for function, ours in _WRAPPED
-    for key in ("cpu", "arm_cpu")
-    if key in function.dispatch_dict
+SLOTS: tuple[DictSlot | _LegalizeSlot, ...] = (
+    DictSlot(topi.nn.conv2d_alter_layout.dispatch_dict, "cpu", _float_nchwc),
+    *(
+        DictSlot(function.dispatch_dict, key, _before(ours))
+        for function, ours in _WRAPPED
+        for key in ("cpu", "arm_cpu")
+        if key in function.dispatch_dict
+    ),
+    _LegalizeSlot("round", legalize_round),
 )
 

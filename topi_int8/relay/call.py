@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ..compute.depthwise import PackedDepthwise
 from ..kernel import Blocks, Kernel, MatmulPacking, Workload
-from ..strategy import Decision, conv2d, declines_nhwc, matmul
+from ..strategy import PROVEN_7BIT, Decision, conv2d, declines_nhwc, matmul
 from ..target import Features
 from ..workload import INT8_DTYPES, Conv2dWorkload, MatmulWorkload
 
@@ -21,6 +23,10 @@ _PACKED = re.compile(r"NCHW(\d+)c$")
 _NC = re.compile(r"NC(\d+)n(\d+)c$")
 # A weight as its kernel reads it may be wider than it was.
 _PACKED_DTYPES = (*INT8_DTYPES, "int16")
+
+# What strategies ask of a weight's range, the weakest first: that the sum of two products fits
+# int16, signed (smlal) or with unsigned data (vpmaddubsw).
+PROOFS = ((-127, 127), (-PROVEN_7BIT, PROVEN_7BIT))
 
 
 class NotOurs(Exception):
@@ -57,6 +63,11 @@ class Request:
     blocks: Blocks | None
     packed: bool
     batched: bool = False
+
+    @property
+    def proven(self) -> bool:
+        """Whether the weight's range is known."""
+        return self.work.weight_range is not None
 
     def decide(self, feats: Features) -> Decision:
         """Return the strategy table's decision."""
@@ -115,16 +126,35 @@ def request(
     return _READERS[op](attrs, data, weight, weight_range)
 
 
-def kernel_layout(kernel: Kernel) -> str:
-    """Return Relay's name for how a kernel's packed weight lies."""
-    packing = kernel.packing
+def with_proof(req: Request, feats: Features, weight: np.ndarray) -> Request:
+    """Return the request with what is proven of its weight's range, where that changes the kernel.
+    """
+    low, high = int(weight.min()), int(weight.max())
+    unproven = req.decide(feats).strategy
+    for least, most in PROOFS:
+        if least <= low and high <= most:
+            proven = replace(req, work=replace(req.work, weight_range=(least, most)))
+            if proven.decide(feats).strategy != unproven:
+                return proven
+    return req
+
+
+def kernel_layout(kernel: Kernel, proven: bool) -> str:
+    """Return Relay's name for how a kernel's packed weight lies.
+
+    A strategy sees a weight's type and layout, not its values. So the name carries what is proven
+    of them: the last number is then written with a zero in front, which Relay reads as the same
+    layout of another name.
+    """
+    packing, mark = kernel.packing, "0" if proven else ""
     if isinstance(packing, PackedDepthwise):
-        return f"OIHW1i{packing.block}o"
+        rows = f"{mark}4h" if packing.how == "dot" else ""
+        return f"OIHW1i{'' if rows else mark}{packing.block}o{rows}"
     conv = packing.conv if isinstance(packing, MatmulPacking) else packing
     if isinstance(packing, MatmulPacking):
-        return f"NC{conv.lanes}n{conv.k}c"
+        return f"NC{conv.lanes}n{mark}{conv.k}c"
     taps = "IW" if conv.kw_inside else "WI"
-    return f"OH{taps}{conv.in_block // conv.k}i{conv.lanes}o{conv.k}i"
+    return f"OH{taps}{conv.in_block // conv.k}i{conv.lanes}o{mark}{conv.k}i"
 
 
 # ---------------------------------------------------------------- convolutions

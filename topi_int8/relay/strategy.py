@@ -9,7 +9,6 @@ from typing import Any
 from tvm.relay.op import op as relay_op
 from tvm.relay.op.strategy import arm_cpu, generic, x86
 
-from ..strategy import PROVEN_7BIT
 from ..target import features, is_supported
 from . import call, te_compute, te_schedule
 from .call import NotOurs
@@ -18,9 +17,8 @@ PLEVEL = 20  # upstream's best is 15
 SUFFIX = ".topi_int8"
 UPSTREAM_DENSE = "NC16n4c"  # the packed weight that upstream's dense and ours share
 
-# What may be known of a weight. Only a packed one is proven, by whoever packed it so: its layout is
-# that of the strategy which asks for the proof.
-_RANGES = (None, (-PROVEN_7BIT, PROVEN_7BIT))
+# What may be known of a weight. Only a packed one is proven, by who packed it: its layout says so.
+_RANGES = (None, *call.PROOFS)
 
 Strategy = Callable[[Any, Any, Any, Any], Any]
 

@@ -74,13 +74,15 @@ def lower(req: Request, kernel: Kernel, data: Any, weight: Any) -> Lowered:
     """
     packing = kernel.packing
     conv = packing.conv if isinstance(packing, MatmulPacking) else packing
+    packed = bias = None
+    if req.packed:
+        layout = kernel_layout(kernel, req.proven)
+        if req.kernel_layout != layout:
+            raise NotOurs(f"the weight is {req.kernel_layout}, not {layout}")
+        packed = _prepacked(req, conv, weight)
     with te.tag_scope(TAG):
         source = _source(req, conv, data)
-        if req.packed:
-            if req.kernel_layout != kernel_layout(kernel):
-                raise NotOurs(f"the weight is {req.kernel_layout}, not {kernel_layout(kernel)}")
-            packed, bias = _prepacked(req, conv, weight), None
-        else:
+        if packed is None:
             packed, bias = _packed_here(req, packing, conv, weight)
         room = depthwise if isinstance(conv, PackedDepthwise) else conv2d
         sums = room.accumulate(conv, source, packed)
@@ -118,8 +120,8 @@ def _prepacked(req: Request, conv: PackedConv2d | PackedDepthwise, weight: Any) 
     """Return a weight that lies as the kernel reads it, in the kernel's dimensions."""
     shape = tuple(int(extent) for extent in weight.shape)
     wanted = conv.weight_shape
-    if isinstance(conv, PackedDepthwise):  # OIHW1i{block}o
-        view = View(weight, wanted, lambda c, h, w, i: (c, 0, h, w, 0, i))
+    if isinstance(conv, PackedDepthwise):  # OIHW1i{block}o, and 4h behind it by the dot product
+        view = View(weight, wanted, lambda c, h, w, *inner: (c, 0, h, w, 0, *inner))
         real = (*wanted[:1], 1, *wanted[1:3], 1, *wanted[3:])
     elif not req.layout:  # NC{lanes}n{k}c
         view = View(weight, wanted, lambda o, h, t0, t1, ik, lane, kk: (o, ik, lane, kk))
