@@ -169,7 +169,8 @@ def _vm(mod: tvm.IRModule, target: Any, level: int, params: Any) -> Callable:
 
     def call(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         out = machine.invoke("main", **{k: tvm.nd.array(v) for k, v in inputs.items()})
-        return [one.numpy() for one in (out if isinstance(out, tvm.runtime.container.ADT) else [out])]
+        several = isinstance(out, tvm.runtime.container.ADT)
+        return [one.numpy() for one in (out if several else [out])]
 
     return call
 
