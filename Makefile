@@ -1,12 +1,13 @@
 # What a person types. The first run sets up .venv (some minutes of downloads); later ones start at once.
 #
-#   make demo     a real ResNet quantized, compiled and run in int8          DEMO_ARGS="..."
-#   make test     the test suite                                             PYTEST_ARGS="-k conv" JOBS=4
-#   make test-arm everything for ARM under qemu, of which `make test` runs a sample
-#   make lint     ruff over everything
-#   make bench    the per-layer benchmark                                    BENCH_ARGS="..."
-#   make onednn   oneDNN in build/onednn, the benchmark's optional rival
-#   make clean    removes what was built and cached; distclean removes .venv too
+#   make demo       a real ResNet quantized, compiled and run in int8      DEMO_ARGS="..."
+#   make test       the test suite, on Relax                               PYTEST_ARGS="-k conv" JOBS=4
+#   make test-arm   everything for ARM under qemu, of which `make test` runs a sample
+#   make test-relay its Relay side, on TVM 0.17 (Linux x86-64)             PYTEST_ARGS="-m ''": all of it
+#   make lint       ruff over everything
+#   make bench      the per-layer benchmark                                BENCH_ARGS="..."
+#   make onednn     oneDNN in build/onednn, the benchmark's optional rival
+#   make clean      removes what was built and cached; distclean removes .venv too
 #
 # PYTHON=python3.12   the interpreter to set up with (3.11 or later)
 # TORCH_ARGS="..."    further arguments to the install of torch. PyPI's Linux torch brings gigabytes of
@@ -20,6 +21,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.installed
 ONEDNN := build/onednn
+RELAY := build/relay
 JOBS ?= 2
 PYTHON ?=
 TORCH_ARGS ?=
@@ -76,6 +78,15 @@ test-arm: $(STAMP)
 	tests/emulator/setup_arm.sh || true
 	$(VENV)/bin/python -m pytest tests -m arm -n $(JOBS) --dist worksteal --durations 10 \
 		-p no:benchmark $(PYTEST_ARGS)
+
+# Status 3 is a platform that cannot have that TVM; the script has said why.
+.PHONY: test-relay
+test-relay: $(STAMP)
+	@status=0; $(VENV)/bin/python tests/relay/setup_relay_tvm.py $(RELAY) || status=$$?; \
+	if [ $$status -eq 3 ]; then echo "== test-relay is skipped"; exit 0; fi; \
+	if [ $$status -ne 0 ]; then exit $$status; fi; \
+	set -x; $(RELAY)/venv/bin/python -m pytest tests -n $(JOBS) --dist worksteal --durations 10 \
+		$(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP)

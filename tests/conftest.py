@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 # The workers of pytest-xdist share the cores: each keeps to one. Set before TVM and numpy load.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,6 +13,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from intrinsics.compat import IS_RELAX
+
+# What is collected where TVM has Relay (`make test-relay`). All else here needs Relax.
+_ON_RELAY = (
+    "compute/test_pack.py", "relay", "test_kernel_properties.py", "test_layout.py",
+    "test_workload.py",
+)  # fmt: skip
 
 # The same examples on every run and machine: a failure is a change of the code, not of the dice.
 # HYPOTHESIS_PROFILE=search looks for new ones.
@@ -27,6 +36,19 @@ settings.register_profile(
     "search", settings.get_profile("fixed"), derandomize=False, max_examples=500
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out, where TVM has Relay, what runs on Relax only."""
+    here = Path(__file__).parent
+    if IS_RELAX or collection_path in (here, here.parent):
+        return None
+    wanted = [here / name for name in _ON_RELAY]
+    related = any(
+        collection_path.is_relative_to(path) or path.is_relative_to(collection_path)
+        for path in wanted
+    )
+    return None if related else True
 
 
 def _reason(report: pytest.TestReport) -> str:

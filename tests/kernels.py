@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import tvm
 
+from intrinsics.compat import IS_RELAX
 from tests import emulator, reference
 from topi_int8 import strategy, target
 from topi_int8.kernel import Blocks, Kernel
@@ -32,6 +33,10 @@ Workload = Conv2dWorkload | MatmulWorkload
 ISAS = ("generic", "avx2", "avx_vnni", "avx512_bw", "avx512_vnni", "amx_int8_avx2", "amx_int8")
 _EMULATED = {"avx_vnni": "avxvnni", "amx_int8_avx2": "amx"}
 _ALIGNMENT = 64  # what TVM's kernels may rely on
+
+# TVM 0.17 has them under other names.
+compile_module = tvm.compile if IS_RELAX else tvm.build
+_from_dlpack = tvm.runtime.from_dlpack if IS_RELAX else tvm.nd.from_dlpack
 
 
 # ---------------------------------------------------------------- where an ISA runs
@@ -90,7 +95,8 @@ def build(
     decision = decide(work, isa, layout)
     kernel = decision.kernel(blocks)
     module = tvm.IRModule({"main": kernel.func})
-    return Built(work, decision, kernel, tvm.compile(module, target=target.isa_target(isa)))
+    library = compile_module(module, target=target.isa_target(isa))
+    return Built(work, decision, kernel, library)
 
 
 # ---------------------------------------------------------------- arrays between guard pages
@@ -119,7 +125,7 @@ class Fenced:
 
     def tensor(self) -> Any:
         """Return a TVM tensor of this very memory."""
-        return tvm.runtime.from_dlpack(self.array)
+        return _from_dlpack(self.array)
 
     def check(self) -> None:
         """Assert that nothing was written around the array."""
@@ -258,9 +264,10 @@ class Assembly:
 
     @staticmethod
     def of(library: Any) -> Assembly:
-        """Return the instructions of what `tvm.compile` built."""
+        """Return the instructions of what `build` built."""
         blocks: list[list[str]] = [[]]
-        for line in library.mod.inspect_source("asm").splitlines():
+        source = library.mod.inspect_source("asm") if IS_RELAX else library.get_source("asm")
+        for line in source.splitlines():
             text = line.split("#")[0].strip()
             if re.match(r"[\w.$]+:", text):
                 blocks.append([])

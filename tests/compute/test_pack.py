@@ -34,7 +34,8 @@ CONVS = {
 def run_te(args: list, out: te.Tensor, arrays: list[np.ndarray]) -> np.ndarray:
     """Return what a TE tensor computes on plain loops."""
     func = te.create_prim_func([*args, out])
-    library = tvm.compile(tvm.IRModule({"main": func}), target=isa_target("generic"))
+    module = tvm.IRModule({"main": func})
+    library = kernels.compile_module(module, target=isa_target("generic"))
     shape = tuple(int(extent) for extent in out.shape)
     return kernels.call(library, arrays, np.empty(shape, str(out.dtype)))
 
