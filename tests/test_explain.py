@@ -13,7 +13,8 @@ from tvm import relax
 
 import topi_int8
 from topi_int8 import explain, library_counts, strategy
-from topi_int8.explain import Explanation, _ranges
+from topi_int8.explain import Explanation
+from topi_int8.explanation import _ranges
 from topi_int8.target import isa_target, named
 from topi_int8.workload import Conv2dWorkload
 

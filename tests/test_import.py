@@ -20,6 +20,7 @@ ROOMS = {
         "intrinsics", "layout", "workload", "compute", "schedule", "target",
     ),
     "topi_int8/strategy.py": ("kernel", "workload", "target"),
+    "topi_int8/explanation.py": ("workload",),
     "topi_int8/workload.py": (),
     "topi_int8/layout.py": (),
     "topi_int8/target.py": ("_host", "_requirements", "target_names"),

@@ -24,6 +24,7 @@ __all__ = [
     "features",
     "host_target",
     "is_enabled",
+    "library_counts",
     "target",
 ]
 
@@ -33,10 +34,10 @@ if IS_RELAX:
     from .quantize import quantize
     from .transform.pipeline import pipeline
 
-    __all__ += ["library_counts", "pipeline", "quantize"]
+    __all__ += ["pipeline", "quantize"]
 else:
     from . import relay
-    from .relay import disable, disabled, enable, explain, is_enabled
+    from .relay import disable, disabled, enable, explain, is_enabled, library_counts
 
     __all__ += ["relay"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
@@ -50,6 +50,15 @@ def _has_integer_anchor(mod: tvm.IRModule) -> bool:
     return found
 
 
+def with_params(mod: tvm.IRModule, params: Mapping[str, Any] | None) -> tvm.IRModule:
+    """Return a module whose parameters are constants; the one given is not changed."""
+    if not params:
+        return mod
+    mod = tvm.IRModule(mod.functions, mod.type_definitions, attrs=mod.attrs)
+    mod["main"] = build_module.bind_params_by_name(mod["main"], params)
+    return mod
+
+
 def _packed_first(build: Callable[..., Any]) -> Callable[..., Any]:
     """Return a build function that converts layouts first where Relay will not."""
     signature = inspect.signature(build)
@@ -67,10 +76,7 @@ def _packed_first(build: Callable[..., Any]) -> Callable[..., Any]:
             mod = tvm.IRModule.from_expr(mod)
         if not isinstance(mod, tvm.IRModule) or not _has_integer_anchor(mod):
             return build(*args, **kwargs)
-        params = bound.arguments.get("params")
-        if params:
-            mod = tvm.IRModule(mod.functions, mod.type_definitions, attrs=mod.attrs)
-            mod["main"] = build_module.bind_params_by_name(mod["main"], params)
+        mod = with_params(mod, bound.arguments.get("params"))
         bound.arguments[name] = ConvertLayout(target)(mod)
         return build(*bound.args, **bound.kwargs)
 

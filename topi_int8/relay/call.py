@@ -18,6 +18,7 @@ CONV2D = "nn.conv2d"
 CONV2D_PACKED = "nn.contrib_conv2d_NCHWc"
 DEPTHWISE_PACKED = "nn.contrib_depthwise_conv2d_NCHWc"
 DENSE, DENSE_PACKED, BATCH_MATMUL = "nn.dense", "nn.contrib_dense_pack", "nn.batch_matmul"
+PACKED_OPS = (CONV2D_PACKED, DEPTHWISE_PACKED, DENSE_PACKED)
 
 _PACKED = re.compile(r"NCHW(\d+)c$")
 _NC = re.compile(r"NC(\d+)n(\d+)c$")
@@ -118,9 +119,8 @@ def request(
         When no kernel of ours computes the call.
     """
     _require(op in _READERS, f"{op} is none of {', '.join(_READERS)}")
-    packed = op in (CONV2D_PACKED, DEPTHWISE_PACKED, DENSE_PACKED)
     dtypes = str(data.dtype), str(weight.dtype)
-    allowed = _PACKED_DTYPES if packed else INT8_DTYPES
+    allowed = _PACKED_DTYPES if op in PACKED_OPS else INT8_DTYPES
     _require(dtypes[0] in INT8_DTYPES and dtypes[1] in allowed, f"operands are {dtypes}")
     _require(out_dtype == "int32", f"sums are {out_dtype}, ours int32")
     return _READERS[op](attrs, data, weight, weight_range)

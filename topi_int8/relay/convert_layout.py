@@ -7,6 +7,7 @@ opt_level, without a weight packed or a tensor reordered at run time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
@@ -14,9 +15,9 @@ from tvm import relay
 
 from ..target import features
 
-# What relay.build runs, as far as layouts depend on it. QNN and batch normalisation have to become
-# plain operators first, and weights constants; packing weights is constant folding again.
-_PASSES = (
+# What relay.build runs, as far as layouts depend on it: QNN and batch normalisation become plain
+# operators, weights constants; then layouts change, and folding constants packs the weights.
+LOWERING = (
     relay.transform.RemoveUnusedFunctions,
     relay.qnn.transform.Legalize,
     relay.qnn.transform.CanonicalizeOps,
@@ -28,12 +29,21 @@ _PASSES = (
     relay.transform.CanonicalizeCast,
     relay.transform.CanonicalizeOps,
     relay.transform.FlattenAtrousConv,
+    relay.transform.InferType,
+)
+PACKING = (
     relay.transform.Legalize,
     relay.transform.FoldConstant,
     relay.transform.AlterOpLayout,
     relay.transform.FoldConstant,
     relay.transform.InferType,
 )
+
+
+def run(passes: Sequence[Callable], mod: tvm.IRModule, target: Any) -> tvm.IRModule:
+    """Return the module after passes, run for a target as opt_level 3 runs them."""
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential([make() for make in passes])(mod)
 
 
 @tvm.transform.module_pass(opt_level=0, name="topi_int8.relay.ConvertLayout")
@@ -66,5 +76,4 @@ class ConvertLayout:
 
         if not is_enabled():
             raise ValueError("topi_int8 is disabled; enable() it: nothing else builds its layouts")
-        with self.target, tvm.transform.PassContext(opt_level=3):
-            return tvm.transform.Sequential([make() for make in _PASSES])(mod)
+        return run((*LOWERING, *PACKING), mod, self.target)

@@ -9,9 +9,11 @@ from typing import Any
 from tvm.relay.op import op as relay_op
 from tvm.relay.op.strategy import arm_cpu, generic, x86
 
+from ..kernel import Kernel
+from ..strategy import Decision
 from ..target import features, is_supported
 from . import call, te_compute, te_schedule
-from .call import NotOurs
+from .call import NotOurs, Request
 
 PLEVEL = 20  # upstream's best is 15
 SUFFIX = ".topi_int8"
@@ -85,27 +87,63 @@ class _Slot:
         return kept
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Our kernel for a call."""
+
+    request: Request
+    decision: Decision
+    kernel: Kernel
+
+    @property
+    def name(self) -> str:
+        """Name of the implementation."""
+        return self.decision.strategy + SUFFIX
+
+
+def choose(op: str, attrs: Any, inputs: Any, out_type: Any, target: Any) -> Choice:
+    """Return our kernel for a call, as `relay.build` asks for it.
+
+    Parameters
+    ----------
+    op : str
+        Name of the Relay operator.
+    attrs : tvm.ir.Attrs
+    inputs : list of te.Tensor
+    out_type : relay.TensorType
+    target : Target
+
+    Raises
+    ------
+    NotOurs
+        When we have none; upstream's then runs.
+    """
+    if not is_supported(target):
+        raise NotOurs("the target is no LLVM CPU")
+    feats, refusals = features(target), []
+    for weight_range in _RANGES if op in call.PACKED_OPS else (None,):
+        try:
+            req = call.request(op, attrs, *inputs[:2], str(out_type.dtype), weight_range)
+            decision = req.decide(feats)
+            kernel = req.kernel(decision)
+            if not te_schedule.supports(kernel.plan):
+                raise NotOurs("TE has no schedule for it")
+            te_compute.lower(req, kernel, *inputs[:2])
+            return Choice(req, decision, kernel)
+        except NotOurs as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
 def implementation(
     op: str, attrs: Any, inputs: Any, out_type: Any, target: Any
 ) -> tuple[bool, Callable, Callable, str] | None:
     """Return (no other can compute it, compute, schedule, name) for a call, or None."""
-    if not is_supported(target):
+    try:
+        chosen = choose(op, attrs, inputs, out_type, target)
+    except NotOurs:
         return None
-    for weight_range in _RANGES:
-        try:
-            req = call.request(op, attrs, *inputs[:2], str(out_type.dtype), weight_range)
-            decision = req.decide(features(target))
-            kernel = req.kernel(decision)
-            if te_schedule.supports(kernel.plan):
-                te_compute.lower(req, kernel, *inputs[:2])
-                break
-        except NotOurs:
-            continue
-        if not req.packed:
-            return None
-    else:
-        return None
-
+    req, kernel = chosen.request, chosen.kernel
     # Upstream's implementations would misread, or refuse, a weight in a layout of our own.
     only_ours = req.packed and req.kernel_layout != UPSTREAM_DENSE
     made: list[Any] = []  # the call in TE, once Relay has asked for it
@@ -118,7 +156,7 @@ def implementation(
         with at:
             return te_schedule.schedule(kernel.plan, made[0], list(outs))
 
-    return only_ours, compute, schedule, decision.strategy + SUFFIX
+    return only_ours, compute, schedule, chosen.name
 
 
 SLOTS: tuple[_Slot, ...] = (
