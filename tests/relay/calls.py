@@ -21,6 +21,14 @@ from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload
 
 Workload = Conv2dWorkload | MatmulWorkload
 
+# Instruction set -> the target as people write it; LLVM 10 knows neither AVX-VNNI nor AMX.
+X86: Mapping[str, str] = {
+    "generic": "llvm",
+    "avx2": "llvm -mcpu=haswell",
+    "avx512_bw": "llvm -mcpu=skylake-avx512",
+    "avx512_vnni": "llvm -mcpu=cascadelake",
+}
+
 # Data layout -> the weight's, and that of depthwise convolutions.
 KERNEL_LAYOUTS = {"NCHW": ("OIHW", "OIHW"), "NHWC": ("HWIO", "HWOI")}
 
@@ -58,9 +66,9 @@ class Call:
         """The workload of the call alone."""
         return raw(self.work)
 
-    def operands(self, seed: int = 0) -> reference.Operands:
+    def operands(self, seed: int = 0, extreme: bool = False) -> reference.Operands:
         """Return data and weight as the reference takes them."""
-        return reference.random_operands(self.plain, seed=seed)
+        return reference.random_operands(self.plain, seed, extreme)
 
     def expected(self, ops: reference.Operands) -> np.ndarray:
         """Return the int32 sums as the call shapes them, by the reference."""

@@ -34,10 +34,10 @@ WHEEL_SHA256 = "5beaf38899671dc35da63ff31b8d7bea4d98a2c929a102fe40d2f3004cec391b
 _IN_WHEEL = "bitblas/3rdparty/tvm/"
 _UNPACKED = ("python/", "build/libtvm.so", "LICENSE", "version.py")
 
-# What TVM imports, and what the tests need. TVM 0.17 predates NumPy 2.
+# What TVM imports (0.17 predates NumPy 2), what topi_int8 does, and what the tests need.
 PACKAGES = (
     "numpy<2", "attrs", "cloudpickle", "decorator", "psutil", "scipy", "tornado",
-    "typing_extensions", "hypothesis", "pytest", "pytest-xdist",
+    "typing_extensions", "rich", "hypothesis", "pytest", "pytest-xdist",
 )  # fmt: skip
 
 GLIBC = (2, 34)  # the newest version that libtvm.so names
