@@ -27,16 +27,9 @@ from ..layout import round_up
 from ..switch import DictSlot
 from ..target import features, is_supported
 from . import call, te_schedule
-from .call import BATCH_MATMUL, CONV2D, DENSE, NotOurs
+from .call import BATCH_MATMUL, CONV2D, DENSE, LeftAsItIs, NotOurs
 
 Rewrite = Callable[..., Any]
-
-
-class _AtRunTime(NotOurs):
-    """A call whose weight our kernel packs at run time: to be left as it is.
-
-    Upstream would convert its operands for nothing, or (arm_cpu, NHWC) raise UnboundLocalError.
-    """
 
 
 def _flip(dtype: str) -> int:
@@ -67,7 +60,9 @@ def _read(op: str, attrs: Any, inputs: Any, types: Any, out_type: Any) -> tuple[
         raise NotOurs("TE has no schedule for it")
     weight = _constant(inputs[1])
     if weight is None:
-        raise _AtRunTime("the weight is no constant")
+        # Our kernel packs it at run time. Upstream would convert the operands for nothing, or
+        # (arm_cpu, NHWC) raise UnboundLocalError.
+        raise LeftAsItIs("the weight is no constant")
     req = call.with_proof(req, feats, weight)
     return req, req.kernel(req.decide(feats)), weight, feats
 
@@ -320,7 +315,7 @@ def _before(ours: Rewrite) -> Callable[[Rewrite], Rewrite]:
         def rewrite(*args: Any) -> Any:
             try:
                 return ours(*args)
-            except _AtRunTime:
+            except LeftAsItIs:
                 return None
             except NotOurs:
                 return upstream(*args)

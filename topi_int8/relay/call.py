@@ -34,6 +34,10 @@ class NotOurs(Exception):
     """A call that none of our kernels computes; the message says why."""
 
 
+class LeftAsItIs(NotOurs):
+    """A call whose operands nobody is to rewrite while a model is built; the message says why."""
+
+
 def _require(ok: bool, reason: str) -> None:
     if not ok:
         raise NotOurs(reason)
@@ -88,13 +92,13 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
     Raises
     ------
-    NotOurs
-        When a dimension is not known.
+    LeftAsItIs
+        When a dimension is not known; upstream's rewrites would raise AttributeError.
     """
     try:
         return tuple(int(extent) for extent in tensor.shape)
     except TypeError:
-        raise NotOurs("a dimension is not known at compile time") from None
+        raise LeftAsItIs("a dimension is not known at compile time") from None
 
 
 def request(

@@ -8,10 +8,12 @@ from typing import Any
 
 from tvm.relay.op import op as relay_op
 from tvm.relay.op.strategy import arm_cpu, generic, x86
+from tvm.target import Target
 
 from ..kernel import Kernel
 from ..strategy import Decision
 from ..target import features, is_supported
+from ..workload import INT8_DTYPES
 from . import call, te_compute, te_schedule
 from .call import NotOurs, Request
 
@@ -54,6 +56,10 @@ class _Slot:
     def strategy(self, attrs: Any, inputs: Any, out_type: Any, target: Any) -> Any:
         """Return upstream's strategy with our implementation added, where we have one."""
         found = implementation(self.op, attrs, inputs, out_type, target)
+        if found is None and self.key == "cpu" and _is_dynamic_int8(inputs[0]):
+            # Upstream's int8 schedules raise; those for a CPU without such instructions do not.
+            with Target("llvm") as plain:
+                return self.upstream(attrs, inputs, out_type, plain)
         if found is None:
             return self.upstream(attrs, inputs, out_type, target)
         only_ours, compute, schedule, name = found
@@ -99,6 +105,14 @@ class Choice:
     def name(self) -> str:
         """Name of the implementation."""
         return self.decision.strategy + SUFFIX
+
+
+def _is_dynamic_int8(data: Any) -> bool:
+    try:
+        call.shape_of(data)
+    except NotOurs:
+        return str(data.dtype) in INT8_DTYPES
+    return False
 
 
 def choose(op: str, attrs: Any, inputs: Any, out_type: Any, target: Any) -> Choice:
