@@ -211,6 +211,8 @@ def explain(
     ValueError
         For a target that is not an LLVM CPU, and while topi_int8 is disabled: there is nothing of
         ours to explain then.
+    Exception
+        Upstream's own, where it can compile a call no more than we: ``relay.build`` raises it too.
     """
     from . import is_enabled
 
