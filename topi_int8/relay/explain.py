@@ -104,7 +104,7 @@ def _calls(mod: tvm.IRModule) -> Iterator[Any]:
             found.append(node)
 
     for var in sorted(mod.get_global_vars(), key=lambda var: var.name_hint):
-        if not _compiler(mod[var]):
+        if isinstance(mod[var], relay.Function) and not _compiler(mod[var]):
             relay.analysis.post_order_visit(mod[var], visit)
     yield from found
 
@@ -187,8 +187,10 @@ def explain(
 
     Rows are the convolutions and matmuls that this package computes, as they are built: signs
     flipped and channels filled up as the kernel takes them. Those that are left to upstream are
-    named with the reason under `Explanation.others`. Tuning logs for upstream's implementations
-    (autotvm's ``ApplyHistoryBest``) are not looked at.
+    named with the reason under `Explanation.others`. Names are the spans that importers set, where
+    each is one call's, else "conv2d_0" by kind and order. It holds for any opt_level, unless
+    AlterOpLayout is disabled. Tuning logs for upstream's implementations (autotvm's
+    ``ApplyHistoryBest``) are not looked at.
 
     Parameters
     ----------
