@@ -26,6 +26,8 @@ try:
 
     Schedule, TensorIntrin = _s_tir.Schedule, _s_tir.TensorIntrin
     Block, _BlockRealize = _s_tir.SBlock, _s_tir.SBlockRealize
+    Call, BufferLoad, ScheduleError = tvm.ir.Call, tvm.ir.TensorLoad, _s_tir.ScheduleError
+    detect_linear_equation = tvm.sym.detect_linear_equation
     IS_RELAX = True
 except ImportError:  # TVM <= 0.19
     from tvm import tir
@@ -33,6 +35,8 @@ except ImportError:  # TVM <= 0.19
 
     Schedule, TensorIntrin = tir.Schedule, tir.TensorIntrin
     Block, _BlockRealize = tir.Block, tir.BlockRealize
+    Call, BufferLoad, ScheduleError = tir.Call, tir.BufferLoad, tir.ScheduleError
+    detect_linear_equation = tvm.arith.detect_linear_equation
     IS_RELAX = False
 
 SCHEDULED_ATTR = "tirx.is_scheduled" if IS_RELAX else "tir.is_scheduled"
@@ -78,6 +82,38 @@ def dtype_of(expr: Any) -> str:
     if hasattr(expr, "dtype"):
         return str(expr.dtype)
     return str(expr.ty.dtype)
+
+
+def buffer_of(node: Any) -> Any:
+    """Return the buffer of a BufferLoad or of a block's region."""
+    return node.source if IS_RELAX else node.buffer
+
+
+def shape_and_dtype(buffer: Any) -> tuple[tuple, str]:
+    """Return a buffer's shape and element type."""
+    typed = buffer.ty if IS_RELAX else buffer
+    return tuple(typed.shape), str(typed.dtype)
+
+
+def walk(node: Any, *visits: tuple[type, Callable[[Any], Any]]) -> None:
+    """Call ``visit(node)`` on every node of that type in an expression or statement, in post order.
+    """
+    if IS_RELAX:
+        import tvm_ffi
+
+        def quiet(visit: Callable[[Any], Any]) -> Callable[[Any], None]:
+            return lambda found: visit(found) and None
+
+        handlers = [(kind, quiet(visit)) for kind, visit in visits]
+        tvm_ffi.structural_walk(node, handlers, order="post")
+        return
+
+    def each(found: Any) -> None:
+        for kind, visit in visits:
+            if isinstance(found, kind):
+                visit(found)
+
+    tir.stmt_functor.post_order_visit(node, each)
 
 
 def register_intrin(name: str, make: Callable[[], tuple[Any, Any]]) -> str:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from intrinsics import compat
 from intrinsics.x86_dot import DOT_INTRINSICS
 from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, FLOATS, MATMULS, SHAPES
 from tests.kernels import Assembly, build, check, check_instructions, decide
-from topi_int8.schedule import spatial_pack
-from topi_int8.schedule.spatial_pack import Tile, choose_tile, divisors
+from topi_int8.schedule.spatial_pack import Tile, choose_tile
+from topi_int8.schedule.stages import divisors
 from topi_int8.workload import Conv2dWorkload
 
 ISAS = ("generic", "avx2", "avx_vnni", "avx512_bw", "avx512_vnni")
@@ -177,5 +178,5 @@ def test_tile_counts():
 def test_kernels_are_marked_as_scheduled():
     """So that no later pass schedules them again."""
     func = decide(CONV, "avx2").kernel().func
-    assert func.attrs[spatial_pack.compat.SCHEDULED_ATTR]
-    assert func.attrs[spatial_pack.compat.NOALIAS_ATTR]
+    assert func.attrs[compat.SCHEDULED_ATTR]
+    assert func.attrs[compat.NOALIAS_ATTR]

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.script import tirx as T
 
-from topi_int8.transform import schedule_rest
+from topi_int8.schedule import rest
 from topi_int8.transform.schedule_rest import ScheduleRest, unscheduled
 
 OPS, NN = relax.op, relax.op.nn
@@ -237,7 +237,7 @@ def test_failure_falls_back_to_the_unscheduled_function(monkeypatch: pytest.Monk
     def broken(*_args: object) -> None:
         raise RuntimeError("as if TVM had refused")
 
-    monkeypatch.setattr(schedule_rest, "_elementwise", broken)
+    monkeypatch.setattr(rest, "_elementwise", broken)
     mod = lowered(CASES["relu"])
     new = ScheduleRest(TARGET)(mod)
     ((_, reason),) = unscheduled(new)

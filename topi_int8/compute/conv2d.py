@@ -320,7 +320,9 @@ def _convert(conv: PackedConv2d, value: Any) -> Any:
     return value
 
 
-def accumulate(conv: PackedConv2d, data: Any, weight: Any) -> Any:
+def accumulate(
+    conv: PackedConv2d, data: Any, weight: Any, attrs: dict[str, str] | None = None
+) -> Any:
     """Return the sums (n, out_blocks, rows, ow_padded, out_block): stages "pad", "conv", "sum".
 
     Parameters
@@ -330,6 +332,8 @@ def accumulate(conv: PackedConv2d, data: Any, weight: Any) -> Any:
         (n, in_blocks, ih, iw, in_block).
     weight : te.Tensor
         `conv.weight_shape`.
+    attrs : dict, optional
+        Attributes of stage "conv".
     """
     w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
@@ -368,8 +372,8 @@ def accumulate(conv: PackedConv2d, data: Any, weight: Any) -> Any:
 
     acc_shape = (w.n, conv.out_blocks, conv.rows, conv.ow_padded, conv.out_block)
     if not conv.partial:
-        return te.compute(acc_shape, product, name="conv")
-    parts = te.compute((*acc_shape, PARTIALS), product, name="conv")
+        return te.compute(acc_shape, product, name="conv", attrs=attrs)
+    parts = te.compute((*acc_shape, PARTIALS), product, name="conv", attrs=attrs)
     return te.compute(
         acc_shape,
         lambda *at: parts[(*at, 0)] + parts[(*at, 1)] + parts[(*at, 2)] + parts[(*at, 3)],

@@ -35,6 +35,8 @@ from ..workload import Conv2dWorkload
 from .conv2d import PackedConv2d, pad_stage
 from .epilogue import Operands
 
+Attrs = dict[str, str] | None
+
 
 @dataclass(frozen=True)
 class PackedDepthwise:
@@ -178,7 +180,7 @@ def _acc_shape(conv: PackedDepthwise) -> tuple[int, ...]:
     return (w.n, conv.blocks, w.oh, w.ow, conv.block)
 
 
-def _plain(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
+def _plain(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
     w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
     kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, w.kw), "kw")
@@ -188,10 +190,10 @@ def _plain(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
         a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
         return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, kw])
 
-    return te.compute(_acc_shape(conv), product, name="conv")
+    return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
 
 
-def _pairs(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
+def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
     w = conv.work
     rows, taps = (w.kh, w.kw) if conv.how == "row_pairs" else (1, conv.taps)
     row_axis = te.reduce_axis((0, rows), "row")
@@ -216,10 +218,10 @@ def _pairs(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
             both = both + other
         return te.sum(both.astype("int32"), axis=[row_axis, pair])
 
-    return te.compute(_acc_shape(conv), product, name="conv")
+    return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
 
 
-def _dot(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
+def _dot(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
     w = conv.work
     sh, sw = w.strides
     shape = (
@@ -240,19 +242,21 @@ def _dot(conv: PackedDepthwise, source: Any, weight: Any) -> Any:
         a = gathered[n, cb, y, g, strip, within * sw + kw * w.dilation[1], c, t]
         return te.sum(a.astype("int32") * weight[cb, g, kw, c, t].astype("int32"), axis=[g, kw, t])
 
-    return te.compute(_acc_shape(conv), product, name="conv")
+    return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
 
 
 _SUMS = {"plain": _plain, "pairs": _pairs, "row_pairs": _pairs, "dot": _dot}
 
 
-def accumulate(conv: PackedDepthwise, data: Any, weight: Any) -> Any:
+def accumulate(conv: PackedDepthwise, data: Any, weight: Any, attrs: Attrs = None) -> Any:
     """Return the sums (n, blocks, oh, ow, block) of packed data: stages "pad", ("gather",) "conv".
+
+    `attrs` are attributes of stage "conv".
     """
     source = data
     if conv.needs_pad:
         source = pad_stage(conv.padded, data, conv.extra_rows)
-    return _SUMS[conv.how](conv, source, weight)
+    return _SUMS[conv.how](conv, source, weight, attrs)
 
 
 def depthwise(conv: PackedDepthwise) -> list[Any]:

@@ -14,7 +14,8 @@ from intrinsics.arm_depthwise import ArmDepthwise
 
 from ..schedule.blocks import BlockPlan
 from ..schedule.depthwise import DepthwisePlan
-from ..schedule.spatial_pack import SpatialPack, divisors
+from ..schedule.spatial_pack import SpatialPack
+from ..schedule.stages import divisors
 from . import te_intrin
 from .te_tiling import Tiling
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import te
 
-from ..schedule.spatial_pack import divisors
+from ..schedule.stages import divisors
 from .te_compute import TAG, Lowered
 from .te_families import FAMILIES
 from .te_tiling import Tiling

@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import te
 
-from ..schedule.spatial_pack import rows_per_task
+from ..schedule.stages import rows_per_task
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Tiling:
                 self.stage.unroll(axis)
 
     def parallel(self, outer: list[Any], rows: Any) -> None:
-        """Run a nest in parallel, as `schedule.spatial_pack.parallel_tasks` does."""
+        """Run a nest in parallel, as `schedule.stages.parallel_tasks` does."""
         nest = [axis for axis in outer if axis is not None]
         if rows is not None:
             count = 1

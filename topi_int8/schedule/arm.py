@@ -9,7 +9,7 @@ from intrinsics.arm_dot import ArmBlock, ArmProduct
 from ..compute.conv2d import PackedConv2d, window_taps
 from ..workload import Conv2dWorkload
 from .blocks import BlockPlan
-from .spatial_pack import divisors
+from .stages import divisors
 
 # Vector loads of 16 bytes that one instruction's time hides: two pipes each, on the cores that have
 # them (A72, N1, V1); on in-order ones a load is issued beside a product.

@@ -8,13 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tvm import te
-
-from intrinsics import compat
-from intrinsics.compat import Schedule
-
 from ..compute.conv2d import PackedConv2d, conv2d
-from .spatial_pack import copy_stage, divisors, finish, parallel_tasks
+from .stages import Stages, divisors, keep_rolled, parallel_tasks, schedule_alone
 
 
 class Block(Protocol):
@@ -35,8 +30,6 @@ class Block(Protocol):
 # Weights then do not change from block to block: it loads them once for all, far more than there
 # are registers, and spills them.
 SHORT_REDUCTION = 8
-
-_ROLLED = "topi_int8.rolled"
 
 
 @dataclass(frozen=True)
@@ -63,17 +56,21 @@ class BlockPlan:
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
-        return _schedule(self.conv, self.block, self.vector, self.rolled)
+        return schedule_alone(self, conv2d(self.conv))
+
+    def apply(self, sch: Any, stages: Stages) -> None:
+        """Schedule the sums and the output."""
+        _apply(sch, stages, self.conv, self.block, self.vector, self.rolled)
 
 
-def _schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str) -> Any:
+def _apply(
+    sch: Any, stages: Stages, conv: PackedConv2d, block: Block, vector: int, rolled: str
+) -> None:
     zero, dot, store = block.register()
-    sch = Schedule(te.create_prim_func(conv2d(conv)))
-    names = compat.block_names(sch)
-    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
+    acc, stored = stages.acc, stages.stored
 
     # 1. Tile the output: one block of accumulators innermost.
-    n, ob, oh, ow, o = sch.get_loops(out)
+    n, ob, oh, ow, o = stages.loops
     obo, obi = sch.split(ob, [None, block.oc_blocks])
     oho, ohi = sch.split(oh, [None, block.rows_h])
     owo, owi = sch.split(ow, [None, block.columns])
@@ -85,7 +82,6 @@ def _schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str) -> Any
 
     # 3. Accumulators live in registers over the reduction and are stored to a small buffer once.
     if conv.partial:
-        stored = compat.get_block(sch, "sum")
         sch.compute_at(stored, owo, preserve_unit_loops=True)
         sch.compute_at(acc, owo, preserve_unit_loops=True)
         sch.set_scope(acc, 0, "local")
@@ -112,27 +108,6 @@ def _schedule(conv: PackedConv2d, block: Block, vector: int, rolled: str) -> Any
     oiv, oil = sch.split(oi, [None, max(divisors(block.channels, vector))])
     sch.vectorize(oil)
     sch.unroll(oiv)
-
-    # 6. Borders and crop are plain copies.
-    for name in ("pad", "crop"):
-        if name in names:
-            copy_stage(sch, compat.get_block(sch, name))
-    return roll(finish(sch))
-
-
-def keep_rolled(sch: Any, loop: Any) -> None:
-    """Mark a loop for `roll`; one of a single pass needs no mark."""
-    if int(sch.get(loop).extent) > 1:
-        sch.annotate(loop, _ROLLED, 1)
-
-
-def roll(func: Any) -> Any:
-    """Return the function with its marked loops in a form that LLVM cannot unroll."""
-
-    def rolled(loop: Any) -> Any:
-        return compat.with_body(loop, loop.body, compat.unknown_to_llvm(int(loop.extent)))
-
-    return compat.replace_annotated_loops(func, _ROLLED, rolled)
 
 
 def iterating(sch: Any, loops: list[Any]) -> Any:

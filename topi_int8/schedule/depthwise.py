@@ -7,16 +7,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import te
-
-from intrinsics import compat
 from intrinsics.arm_depthwise import ArmDepthwise
-from intrinsics.compat import Schedule
 
 from ..compute.depthwise import PackedDepthwise, depthwise
 from ..workload import Conv2dWorkload
-from .blocks import keep_rolled, roll
-from .spatial_pack import copy_stage, divisors, finish, parallel_tasks, zero_in_vectors
+from .stages import (
+    Stages,
+    divisors,
+    keep_rolled,
+    parallel_tasks,
+    schedule_alone,
+    zero_in_vectors,
+)
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,18 @@ class DepthwisePlan:
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
-        return _schedule(self.conv, *self.tile())
+        return schedule_alone(self, depthwise(self.conv))
 
-
-def _schedule(conv: PackedDepthwise, lanes: int, strip: int) -> Any:
-    sch = Schedule(te.create_prim_func(depthwise(conv)))
-    acc, owo = _tiled(sch, strip, lanes, channels_inside=conv.how == "dot")
-    if conv.how == "plain":
-        _plain(sch, acc)
-    elif conv.how == "dot":
-        _dot(sch, acc, owo, conv)
-    else:
-        _pairs(sch, acc)
-    if "pad" in compat.block_names(sch):
-        copy_stage(sch, compat.get_block(sch, "pad"))
-    return roll(finish(sch))
+    def apply(self, sch: Any, stages: Stages) -> None:
+        """Schedule the sums and the output."""
+        conv, acc = self.conv, stages.acc
+        owo = _tiled(sch, stages, *self.tile(), channels_inside=conv.how == "dot")
+        if conv.how == "plain":
+            _plain(sch, acc)
+        elif conv.how == "dot":
+            _dot(sch, acc, owo, conv)
+        else:
+            _pairs(sch, acc)
 
 
 def choose_pairs(block: int, ow: int) -> tuple[int, int]:
@@ -85,15 +84,14 @@ def choose_strip(work: Conv2dWorkload) -> int:
 
 
 def _tiled(
-    sch: Any, strip: int, lanes: int, channels_inside: bool = False
-) -> tuple[Any, Any]:
+    sch: Any, stages: Stages, lanes: int, strip: int, channels_inside: bool = False
+) -> Any:
     """Tile the output: strips of columns, channels in vectors; its rows in parallel.
 
     A strip takes one vector of channels, or (`channels_inside`) 16 channels, vector by vector.
-    Returns the block of the sums, and the loop over strips or over channels outside the sums.
+    Returns the outer of the two loops, over strips and over channels, outside the sums.
     """
-    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
-    n, cb, oh, ow, c = sch.get_loops(out)
+    n, cb, oh, ow, c = stages.loops
     owo, owi = sch.split(ow, [None, strip])
     if channels_inside:
         coo, co, ci = sch.split(c, [None, 16 // lanes, lanes])
@@ -105,10 +103,10 @@ def _tiled(
         sch.reorder(n, cb, oh, *outer, owi, ci)
     parallel_tasks(sch, [n, cb], oh)
     # The sums live over all taps.
-    sch.compute_at(acc, outer[1], preserve_unit_loops=True)
+    sch.compute_at(stages.acc, outer[1], preserve_unit_loops=True)
     sch.unroll(owi)
     sch.vectorize(ci)
-    return acc, outer[0]
+    return outer[0]
 
 
 def _plain(sch: Any, acc: Any) -> None:
@@ -136,7 +134,9 @@ def _dot(sch: Any, acc: Any, owo: Any, conv: PackedDepthwise) -> None:
     """Rows are gathered once a strip, and four channels at a time pass over it."""
     intrinsics = ArmDepthwise(conv.data_dtype, conv.weight_dtype, conv.work.dilation[0])
     gather, dot = intrinsics.register()
-    gathered = compat.get_block(sch, "gather")
+    gathered = next(
+        block for block in sch.get_producers(acc) if sch.get(block).name_hint.startswith("gather")
+    )
     sch.compute_at(gathered, owo, preserve_unit_loops=True)
     sch.set_scope(gathered, 0, "local")
     *_, g, _, x, c, _ = sch.get_loops(gathered)

@@ -9,17 +9,13 @@ once and multiplies them with every weight vector.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import te
-
-from intrinsics import compat
-from intrinsics.compat import Schedule
 from intrinsics.x86_dot import DotIntrinsic
 
 from ..compute.conv2d import PackedConv2d, conv2d
+from .stages import Stages, divisors, parallel_tasks, schedule_alone, zero_in_vectors
 
 
 @dataclass(frozen=True)
@@ -40,11 +36,6 @@ class Tile:
     def accumulators(self) -> int:
         """Vector registers that hold the tile."""
         return self.pixels * self.blocks * self.vectors
-
-
-def divisors(n: int, limit: int) -> list[int]:
-    """Return the divisors of n up to limit, ascending."""
-    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
 
 
 def choose_tile(
@@ -123,17 +114,21 @@ class SpatialPack:
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
+        return schedule_alone(self, conv2d(self.conv))
+
+    def apply(self, sch: Any, stages: Stages) -> None:
+        """Schedule the sums and the output."""
         name = None if self.intrinsic is None else self.intrinsic.register()
-        return _schedule(self.conv, self.tile, name)
+        _apply(sch, stages, self.conv, self.tile, name)
 
 
-def _schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
-    sch = Schedule(te.create_prim_func(conv2d(conv)))
-    names = compat.block_names(sch)
-    acc, out = compat.get_block(sch, "conv"), compat.get_block(sch, "out")
+def _apply(
+    sch: Any, stages: Stages, conv: PackedConv2d, tile: Tile, intrinsic: str | None
+) -> None:
+    acc = stages.acc
 
     # 1. Tile the output: blocks of channels, rows, columns, vectors; the tile innermost.
-    n, ob, oh, ow, o = sch.get_loops(out)
+    n, ob, oh, ow, o = stages.loops
     obo, obi = sch.split(ob, [None, tile.blocks])
     oho, ohi = sch.split(oh, [None, tile.height])
     owo, owi = sch.split(ow, [None, tile.width])
@@ -163,55 +158,3 @@ def _schedule(conv: PackedConv2d, tile: Tile, intrinsic: str | None) -> Any:
     for loop in (obi, ohi, owi, voi):
         sch.unroll(loop)
     sch.vectorize(lanes)
-
-    # 5. Borders and crop are plain copies.
-    for name in ("pad", "crop"):
-        if name in names:
-            copy_stage(sch, compat.get_block(sch, name))
-    return finish(sch)
-
-
-# Parallel tasks of a kernel: four for each of eight cores. A task costs about 0.1 us (its scratch
-# buffer, on AMX also its tile configuration), a task a row would cost a 1x1 layer half its time.
-TASKS = 32
-
-
-def rows_per_task(outer: int, rows: int) -> int:
-    """Return how many rows a task takes, of `rows` in each of `outer` iterations around them.
-
-    The rows stay serial inside a task as far as at least `TASKS` tasks remain.
-    """
-    return max(d for d in divisors(rows, rows) if d == 1 or outer * rows // d >= TASKS)
-
-
-def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:
-    """Run the nest `loops` + `rows` in parallel, in no more tasks than it takes to share it out."""
-    outer = math.prod(int(sch.get(loop).extent) for loop in loops)
-    whole = rows_per_task(outer, int(sch.get(rows).extent))
-    task, _ = sch.split(rows, [None, whole])
-    sch.parallel(sch.fuse(*loops, task))
-
-
-def zero_in_vectors(sch: Any, init: Any, unrolled: int) -> None:
-    """Schedule a zeroing block: its innermost loop a vector, `unrolled` loops around it unrolled.
-    """
-    *_, lanes = loops = sch.get_loops(init)
-    for loop in loops[-1 - unrolled : -1]:
-        sch.unroll(loop)
-    sch.vectorize(lanes)
-
-
-def copy_stage(sch: Any, block: Any) -> None:
-    """Schedule an elementwise stage over NCHW[c]c: rows in parallel, channels in vectors of <= 64.
-    """
-    *blocks, row, _, channel = sch.get_loops(block)
-    width = max(divisors(int(sch.get(channel).extent), 64))
-    _, vector = sch.split(channel, [None, width])
-    sch.vectorize(vector)
-    parallel_tasks(sch, blocks, row)
-
-
-def finish(sch: Any) -> Any:
-    """Return the schedule's PrimFunc, marked as scheduled and free of aliasing."""
-    func = sch.mod["main"]
-    return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})

@@ -17,7 +17,7 @@ from intrinsics.compat import tir
 from ..compute.conv2d import PackedConv2d
 from ..workload import Conv2dWorkload
 from .blocks import BlockPlan
-from .spatial_pack import divisors
+from .stages import divisors
 
 
 def choose_rows(ow: int) -> tuple[int, int]:

@@ -1,3 +1,5 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
 """What a plain CPU schedule has to know of one block: its loops, accesses and strides."""
 
 from __future__ import annotations
@@ -6,9 +8,10 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-import tvm_ffi
-from tvm import s_tir, sym, tirx
-from tvm.ir import Call, Op, TensorLoad
+from tvm.ir import Op
+
+from intrinsics import compat
+from intrinsics.compat import tir
 
 SPATIAL, REDUCE = 0, 2  # IterVar.iter_type: data parallel, commutative reduction
 SYMBOLIC_EXTENT = 32  # what an unknown extent counts for when work is estimated
@@ -23,13 +26,13 @@ _CHEAP_CALLS = {
 
 def static(value: Any) -> int | None:
     """Return the value of a constant extent or index; None for a symbolic one."""
-    return int(value.value) if isinstance(value, tirx.IntImm) else None
+    return int(value.value) if isinstance(value, tir.IntImm) else None
 
 
-def variables(expr: Any) -> set[tirx.Var]:
+def variables(expr: Any) -> set[tir.Var]:
     """Return the variables an expression reads."""
-    found: set[tirx.Var] = set()
-    tvm_ffi.structural_walk(expr, (tirx.Var, lambda var: found.add(var) and None), order="post")
+    found: set[tir.Var] = set()
+    compat.walk(expr, (tir.Var, found.add))
     return found
 
 
@@ -41,7 +44,7 @@ class Access:
     indices: tuple
     itemsize: int
 
-    def stride(self, var: tirx.Var) -> int | None:
+    def stride(self, var: tir.Var) -> int | None:
         """Return the step in elements as `var` grows by one; 0 if unused.
 
         None where it is not a constant step inside the innermost dimension.
@@ -53,11 +56,11 @@ class Access:
             return None
         return _coefficient(self.indices[-1], var)
 
-    def is_affine(self, var: tirx.Var) -> bool:
+    def is_affine(self, var: tir.Var) -> bool:
         """Return whether the address is a linear function of `var`."""
         return all(_coefficient(i, var) is not None for i in self.indices if var in variables(i))
 
-    def runs_along(self, loop_vars: list[tirx.Var], extents: list[int]) -> bool:
+    def runs_along(self, loop_vars: list[tir.Var], extents: list[int]) -> bool:
         """Return whether these loops, merged into one, walk this buffer element by element.
 
         So they do, too, if it does not depend on any of them.
@@ -76,16 +79,16 @@ class Access:
         return not head & set(loop_vars) and full == extents[1:]
 
 
-def _coefficient(index: Any, var: tirx.Var) -> int | None:
+def _coefficient(index: Any, var: tir.Var) -> int | None:
     if any(True for _ in _loads(index)):
         return None
-    found = sym.detect_linear_equation(index, [var])
+    found = compat.detect_linear_equation(index, [var])
     return static(found[0]) if found else None
 
 
-def _loads(node: Any) -> list[TensorLoad]:
-    found: list[TensorLoad] = []
-    tvm_ffi.structural_walk(node, (TensorLoad, lambda load: found.append(load)), order="post")
+def _loads(node: Any) -> list[Any]:
+    found: list[Any] = []
+    compat.walk(node, (compat.BufferLoad, found.append))
     return found
 
 
@@ -93,10 +96,10 @@ def _loads(node: Any) -> list[TensorLoad]:
 class Iter:
     """One iteration variable of a block with its loop and its extent (None: symbolic)."""
 
-    var: tirx.Var
+    var: tir.Var
     extent: int | None
     reduces: bool
-    loop: s_tir.schedule.LoopRV
+    loop: Any
 
 
 @dataclass(frozen=True)
@@ -148,13 +151,13 @@ class NotPlain(Exception):
     """A block that is no plain loop nest; the message says why."""
 
 
-def analyse(sch: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> BlockInfo:
+def analyse(sch: Any, block: Any) -> BlockInfo:
     """Return what is known of a block; NotPlain if its loops are not its iteration variables."""
     node, loops = sch.get(block), sch.get_loops(block)
     name = str(node.name_hint)
     if any(int(it.iter_type) not in (SPATIAL, REDUCE) for it in node.iter_vars):
         raise NotPlain(f"{name}: an iteration variable is neither spatial nor a reduction")
-    if not isinstance(node.body, tirx.BufferStore | tirx.SeqStmt):
+    if not isinstance(node.body, tir.BufferStore | tir.SeqStmt):
         raise NotPlain(f"{name}: its body is {type(node.body).__name__}, not a store")
     by_var = {sch.get(loop).loop_var: loop for loop in loops}
     iters = []
@@ -163,7 +166,7 @@ def analyse(sch: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> BlockInfo:
         if not hasattr(realize, "iter_values") or static(realize.predicate) == 0:
             raise NotPlain(f"{name}: more than a block inside its loops")
         for it, value in zip(node.iter_vars, realize.iter_values, strict=True):
-            if isinstance(value, tirx.Var) and value in by_var:
+            if isinstance(value, tir.Var) and value in by_var:
                 kind = int(it.iter_type) == REDUCE
                 iters.append(Iter(it.var, static(it.dom.extent), kind, by_var[value]))
             elif static(value) is None:
@@ -175,38 +178,37 @@ def analyse(sch: s_tir.Schedule, block: s_tir.schedule.SBlockRV) -> BlockInfo:
     return BlockInfo(name, tuple(iters), *_body(node))
 
 
-def _body(node: s_tir.SBlock) -> tuple[tuple, tuple, frozenset, bool]:
+def _body(node: Any) -> tuple[tuple, tuple, frozenset, bool]:
     """Return (loads, stores, variables in conditions, has expensive calls) of a block."""
-    written = [region.source for region in node.writes]
+    written = [compat.buffer_of(region) for region in node.writes]
     loads, stores, conditions, heavy = [], [], set(), []
 
-    def on_load(load: TensorLoad) -> None:
-        if not any(load.source.same_as(buffer) for buffer in written):
-            loads.append(_access(load.source, load.indices))
+    def on_load(load: Any) -> None:
+        source = compat.buffer_of(load)
+        if not any(source.same_as(buffer) for buffer in written):
+            loads.append(_access(source, load.indices))
 
-    def on_store(store: tirx.BufferStore) -> None:
+    def on_store(store: tir.BufferStore) -> None:
         stores.append(_access(store.buffer, store.indices))
 
-    def on_call(call: Call) -> None:
+    def on_call(call: Any) -> None:
         name = str(call.op.name).rpartition(".")[2] if isinstance(call.op, Op) else "?"
         if name == "if_then_else":
             conditions.update(variables(call.args[0]))
         if name not in _CHEAP_CALLS:
             heavy.append(name)
 
-    def on_select(select: tirx.Select) -> None:
+    def on_select(select: tir.Select) -> None:
         conditions.update(variables(select.condition))
 
-    tvm_ffi.structural_walk(
-        node.body,
-        [(TensorLoad, on_load), (tirx.BufferStore, on_store), (Call, on_call),
-         (tirx.Select, on_select)],
-        order="post",
+    compat.walk(
+        node.body, (compat.BufferLoad, on_load), (tir.BufferStore, on_store),
+        (compat.Call, on_call), (tir.Select, on_select),
     )  # fmt: skip
     return tuple(loads), tuple(stores), frozenset(conditions), bool(heavy)
 
 
 def _access(buffer: Any, indices: Any) -> Access:
-    kind = str(buffer.ty.dtype)
+    shape, kind = compat.shape_and_dtype(buffer)
     bits = int("".join(c for c in kind if c.isdigit()) or 8)
-    return Access(tuple(buffer.ty.shape), tuple(indices), max(bits // 8, 1))
+    return Access(shape, tuple(indices), max(bits // 8, 1))
