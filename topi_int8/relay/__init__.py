@@ -2,21 +2,18 @@
 
 from ..switch import Switch
 from . import alter_layout, build, strategy
-from . import database as _database
 from .convert_layout import ConvertLayout
+from .database import SLOTS as _DATABASE_SLOTS
+from .database import database
 from .explain import explain, library_counts
 
-_switch = Switch(*strategy.SLOTS, *alter_layout.SLOTS, *build.SLOTS, *_database.SLOTS)
+_switch = Switch(*strategy.SLOTS, *alter_layout.SLOTS, *build.SLOTS, *_DATABASE_SLOTS)
 enable, disable = _switch.enable, _switch.disable
 disabled, is_enabled = _switch.disabled, _switch.is_enabled
 
-
-def database():
-    return _database.dispatching(is_enabled)
-
-
 __all__ = [
     "ConvertLayout",
+    "database",
     "disable",
     "disabled",
     "enable",

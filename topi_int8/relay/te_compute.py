@@ -20,7 +20,9 @@ from ..compute.conv2d import PackedConv2d
 from ..compute.depthwise import PackedDepthwise
 from ..kernel import Kernel, MatmulPacking
 from ..workload import MatmulWorkload
+from . import tir_plans
 from .call import NotOurs, Request, kernel_layout
+from .tir_plans import Placed
 
 TAG = "topi_int8"  # of the stages that are ours, and not Relay's
 
@@ -85,8 +87,12 @@ def lower(req: Request, kernel: Kernel, data: Any, weight: Any) -> Lowered:
         if packed is None:
             packed, bias = _packed_here(req, packing, conv, weight)
         room = depthwise if isinstance(conv, PackedDepthwise) else conv2d
-        sums = room.accumulate(conv, source, packed)
-    return _output(req, conv, sums, bias)
+        key = tir_plans.key(req, kernel.plan)
+        sums = room.accumulate(conv, source, packed, {tir_plans.ATTRIBUTE: key})
+    lowered = _output(req, conv, sums, bias)
+    shape = tuple(int(extent) for extent in lowered.out.shape)
+    tir_plans.place(key, Placed(kernel.plan, lowered.axes, lowered.exact, shape))
+    return lowered
 
 
 # ---------------------------------------------------------------- operands
