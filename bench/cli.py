@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench conv | dense | count | seed-table | peaks | shapes``."""
+"""The command line: ``python -m bench`` and the name of a command below."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ from . import (
     targets,
     workloads,
 )
+from .published import run as published
+from .published import tables as published_tables
+from .published.workers import WorkerError
 from .results import LayerResult, with_best_peaks
 from .run import RIVALS, Options, make_rivals, run_layers
 from .shape_lines import SHAPES_DIR, Shape, find_batch, parse_line, read_shapes
@@ -430,6 +433,33 @@ def seed_table_command() -> None:
     except (OSError, mca.McaError) as error:
         raise _fail(error) from None
     _console().print(seed_table.table(found, peak))
+
+
+@app.command("tables")
+def tables_command(
+    only: Annotated[
+        list[str] | None, typer.Option("--table", help=f"Of {', '.join(published.TABLES)}.")
+    ] = None,
+    threads: Threads = 1,
+    min_time: MinTime = 0.5,
+    rounds: Rounds = 5,
+    batch: Annotated[list[int] | None, typer.Option(help="Batches of the third table.")] = None,
+    predict_board: Annotated[
+        bool, typer.Option("--predict/--no-predict", help="Predict the published board's cells.")
+    ] = True,
+    json: Json = None,
+) -> None:
+    """The published tables again: TVM 0.17 with Relay beside Relax (takes about half an hour)."""
+    console = _console()
+    try:
+        options = published.Options(
+            threads, min_time, rounds, tuple(batch or published_tables.BATCHES), predict_board
+        )
+        found = published.run(only or (), options, console)
+    except (ValueError, OSError, WorkerError) as error:
+        raise _fail(error) from None
+    if json is not None:
+        json.write_text(published.to_json(found))
 
 
 @app.command("shapes")
