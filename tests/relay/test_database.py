@@ -244,6 +244,13 @@ def test_context_is_left_as_it_was(asked: Asked) -> None:
     assert len(asked.plans) == 1
 
 
+def test_other_targets_are_left(asked: Asked) -> None:
+    call = Call(CONVOLUTIONS["one_of_everything"])
+    with database():
+        relay.build(call.module(call.operands()), target="c")
+    assert not asked.scheduled and not asked.declined
+
+
 def test_is_an_error_while_disabled() -> None:
     with (
         topi_int8.relay.disabled(),

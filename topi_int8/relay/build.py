@@ -25,7 +25,7 @@ _ALTERS = 3  # the opt_level of Relay's own AlterOpLayout
 _ANCHORS = ("conv2d", "dense", "batch_matmul")
 
 
-def _single_target(target: Any) -> tvm.target.Target | None:
+def single_target(target: Any) -> tvm.target.Target | None:
     """Return the target if it is one, or None: several, or none known."""
     if isinstance(target, str):
         target = tvm.target.Target(target)
@@ -67,7 +67,7 @@ def _packed_first(build: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(build)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        mod, target = bound.arguments[name], _single_target(bound.arguments.get("target"))
+        mod, target = bound.arguments[name], single_target(bound.arguments.get("target"))
         context = tvm.transform.PassContext.current()
         disabled = "AlterOpLayout" in map(str, context.disabled_pass)
         if context.opt_level >= _ALTERS or disabled or target is None or not is_supported(target):

@@ -9,6 +9,7 @@ schedule of its strategy, and TVM warns "Cannot find workload" of it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +24,9 @@ from tvm.relay.op.strategy import arm_cpu, x86
 
 from ..schedule.stages import roll
 from ..switch import DictSlot
+from ..target import is_supported
 from . import tir_schedule
+from .build import single_target
 
 _open: ContextVar[bool] = ContextVar("topi_int8.relay.database", default=False)
 
@@ -41,7 +44,8 @@ def database() -> Iterator[None]:
     """Make builds inside the block (and thread) schedule in TIR.
 
     `relay.build`, `relay.vm.compile` and what calls them take the PassContext that is current then,
-    with its opt_level: it may be entered before this block or inside. Blocks may be nested.
+    with its opt_level: it may be entered before this block or inside. Blocks may be nested. Builds
+    for another target than one LLVM CPU are left as they are.
 
     Raises
     ------
@@ -86,12 +90,14 @@ def _context() -> tvm.transform.PassContext:
 
 def _dispatched(build: Callable[..., Any]) -> Callable[..., Any]:
     """Return a build function that asks our database inside `database()`."""
+    signature = inspect.signature(build)
 
     @functools.wraps(build)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if not _open.get():
+        target = single_target(signature.bind(*args, **kwargs).arguments.get("target"))
+        # TVM tells a schedule function of no target: there must be one for all functions.
+        if not _open.get() or target is None or not is_supported(target):
             return build(*args, **kwargs)
-        # A database of its own for each build: TVM unloads before one that Python still held.
         with ScheduleFnDatabase(tir_schedule.schedule), _context():
             return build(*args, **kwargs)
 
