@@ -320,8 +320,14 @@ class ArmBlock:
 
 _X2 = '"int32x2"'
 # An LLVM that finds smlal2 in a product of widened upper halves. LLVM 10 finds it behind the
-# intrinsic alone; else it moves each upper half down first.
+# intrinsic alone; else it moves each upper half down first, or widens weights outside of a loop.
 _SEES_SMLAL2 = 22
+_LONG_PRODUCT = {
+    ("aarch64", "int8"): "aarch64.neon.smull",
+    ("aarch64", "uint8"): "aarch64.neon.umull",
+    ("arm", "int8"): "arm.neon.vmulls",
+    ("arm", "uint8"): "arm.neon.vmullu",
+}
 
 
 def _pairs(first: str, second: str) -> str:
@@ -352,9 +358,9 @@ def _long_product(block: ArmBlock, row: int, half: int, pixel: int, o: int) -> s
         part = "T.vectorhigh" if half else "T.vectorlow"
         a = f'{part}({a}, dtype="{block.product.a}x8")'
         b = f'{part}({b}, dtype="{block.product.b}x8")'
-    if block.product.arch == "aarch64" and compat.llvm_major() < _SEES_SMLAL2:
-        name = "smull" if block.product.a == "int8" else "umull"
-        return llvm_call(f"aarch64.neon.{name}.v8i16", wide, a, b)
+    if compat.llvm_major() < _SEES_SMLAL2:
+        name = _LONG_PRODUCT[block.product.arch, block.product.a]
+        return llvm_call(f"{name}.v8i16", wide, a, b)
     return f'T.Cast("{wide}", {a}) * T.Cast("{wide}", {b})'
 
 

@@ -181,8 +181,9 @@ def unknown_to_llvm(value: int) -> Any:
     caller = tir.call_llvm_pure_intrin(
         "handle", tir.const(ident, "uint32"), *signature, level
     )
-    absent = tir.isnullptr(caller)
-    return tir.const(value, "int32") + absent.astype("int32") * tir.const(65536, "int32")
+    # A Select, because TE's bounds can tell the smallest and the largest value of one.
+    more = tir.Select(tir.isnullptr(caller), tir.const(65536, "int32"), tir.const(0, "int32"))
+    return tir.const(value, "int32") + more
 
 
 def rewrite_root(body: Any, rewrite: Any) -> Any:

@@ -17,26 +17,34 @@ import tvm
 from . import compat
 from .compat import tir
 
-_OP = "tir.topi_int8_long_product"
-_LANES = 8  # of smull's result
+_INSTRUCTIONS = {"aarch64": "aarch64.neon.smull", "arm": "arm.neon.vmulls"}
+_LANES = 8  # of their result
 _FINDS_SMULL = 22  # an LLVM that is known to
 
 
-def long_product(a: Any, b: Any) -> Any:
-    """Return the int16 product of two int8 expressions."""
+def long_product(a: Any, b: Any, arch: str) -> Any:
+    """Return the int16 product of two int8 expressions.
+
+    Parameters
+    ----------
+    a, b : PrimExpr
+    arch : str
+        Of the target: "aarch64" or "arm".
+    """
     if compat.llvm_major() >= _FINDS_SMULL:
         return a.astype("int16") * b.astype("int16")
-    return tir.call_intrin("int16", _registered(), a, b)
+    return tir.call_intrin("int16", _registered(arch), a, b)
 
 
 @functools.cache
-def _registered() -> str:
-    """Register the operator and what becomes of it (once); return its name."""
-    tvm.ir.register_op_attr(_OP, "TCallEffectKind", tir.CallEffectKind.Pure.value)
-    tvm.ir.register_op_attr(_OP, "TVectorizable", True)
-    for target, lower in (("default", _plain), ("llvm.aarch64", _smull)):
-        tvm.ir.register_intrin_lowering(_OP, target=target, f=lower)
-    return _OP
+def _registered(arch: str) -> str:
+    """Register an architecture's operator and what becomes of it (once); return its name."""
+    name = f"tir.topi_int8_long_product_{arch}"
+    tvm.ir.register_op_attr(name, "TCallEffectKind", tir.CallEffectKind.Pure.value)
+    tvm.ir.register_op_attr(name, "TVectorizable", True)
+    lower = functools.partial(_lowered, f"llvm.{_INSTRUCTIONS[arch]}.v{_LANES}i16")
+    tvm.ir.register_intrin_lowering(name, target="default", f=lower)
+    return name
 
 
 def _lanes(dtype: str) -> int:
@@ -48,19 +56,19 @@ def _plain(call: Any) -> Any:
     return a * b
 
 
-def _smull(call: Any) -> Any:
+def _lowered(instruction: str, call: Any) -> Any:
     lanes = _lanes(str(call.dtype))
+
+    def product(a: Any, b: Any) -> Any:
+        dtype, count = f"int16x{_LANES}", tir.const(2, "uint32")
+        return tir.call_llvm_pure_intrin(dtype, instruction, count, a, b)
+
     if lanes == _LANES:
-        return _instruction(*call.args)
+        return product(*call.args)
     if lanes != 2 * _LANES:
         return _plain(call)
     halves = (
-        _instruction(*(tir.call_intrin(f"int8x{_LANES}", f"tir.{half}", arg) for arg in call.args))
+        product(*(tir.call_intrin(f"int8x{_LANES}", f"tir.{half}", arg) for arg in call.args))
         for half in ("vectorlow", "vectorhigh")
     )
     return tir.call_intrin(str(call.dtype), "tir.vectorcombine", *halves)
-
-
-def _instruction(a: Any, b: Any) -> Any:
-    name = f"llvm.aarch64.neon.smull.v{_LANES}i16"
-    return tir.call_llvm_pure_intrin(f"int16x{_LANES}", name, tir.const(2, "uint32"), a, b)

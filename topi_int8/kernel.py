@@ -371,7 +371,9 @@ def build_arm_depthwise(how: str) -> Build:
         strip = choose_strip(work) if how == "dot" else 1
         # With few registers, or many taps, LLVM would keep all weights, and spill them.
         by_rows = how == "pairs" and (feats.arch == "arm" or work.kh * work.kw > 9)
-        packing = PackedDepthwise(work, blocks.out, "row_pairs" if by_rows else how, a, strip)
+        packing = PackedDepthwise(
+            work, blocks.out, "row_pairs" if by_rows else how, a, strip, arch=feats.arch
+        )
         lanes, registers = _vector_lanes(feats)
         return _kernel(work, blocks, DepthwisePlan(packing, lanes, registers))
 

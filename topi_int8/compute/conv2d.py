@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from tvm import te
 
-from intrinsics.compat import dtype_of, tir
+from intrinsics.compat import dtype_of, tir, unknown_to_llvm
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
@@ -320,9 +320,15 @@ def _convert(conv: PackedConv2d, value: Any) -> Any:
     return value
 
 
+def reduce_axis(name: str, extent: int, rolled: str) -> Any:
+    """Return an axis of a reduction; LLVM does not know the extent of the one called `rolled`."""
+    return te.reduce_axis((0, unknown_to_llvm(extent) if name == rolled else extent), name)
+
+
 def accumulate(
-    conv: PackedConv2d, data: Any, weight: Any, attrs: dict[str, str] | None = None
-) -> Any:
+    conv: PackedConv2d, data: Any, weight: Any, attrs: dict[str, str] | None = None,
+    rolled: str = "",
+) -> Any:  # fmt: skip
     """Return the sums (n, out_blocks, rows, ow_padded, out_block): stages "pad", "conv", "sum".
 
     Parameters
@@ -334,6 +340,8 @@ def accumulate(
         `conv.weight_shape`.
     attrs : dict, optional
         Attributes of stage "conv".
+    rolled : str
+        Axis of the reduction whose extent LLVM is not to know: "kh", "kw", "cb", "ik", or empty.
     """
     w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
@@ -341,9 +349,9 @@ def accumulate(
     sh, sw = w.strides
     dh, dw = w.dilation
     out_blocks_per_group = conv.out_blocks // conv.super_groups
-    cb = te.reduce_axis((0, conv.in_blocks_per_group), "cb")
-    kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, conv.taps_w), "kw")
-    ik = te.reduce_axis((0, conv.step_block // conv.k), "ik")
+    cb = reduce_axis("cb", conv.in_blocks_per_group, rolled)
+    kh, kw = reduce_axis("kh", w.kh, rolled), reduce_axis("kw", conv.taps_w, rolled)
+    ik = reduce_axis("ik", conv.step_block // conv.k, rolled)
     kk = te.reduce_axis((0, conv.k // (PARTIALS if conv.partial else 1)), "kk")
     vectors = conv.out_block // conv.lanes
 

@@ -32,7 +32,7 @@ from intrinsics.long_product import long_product
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
-from .conv2d import PackedConv2d, pad_stage
+from .conv2d import PackedConv2d, pad_stage, reduce_axis
 from .epilogue import Operands
 
 Attrs = dict[str, str] | None
@@ -56,6 +56,8 @@ class PackedDepthwise:
         What the inner loop reads; empty: the data's own dtype.
     strip : int
         Output columns of a strip ("dot"); divides ow.
+    arch : str
+        Whose long multiply makes pairs: "aarch64" or "arm".
     """
 
     work: Conv2dWorkload
@@ -63,6 +65,7 @@ class PackedDepthwise:
     how: str = "plain"
     data_dtype: str = ""
     strip: int = 1
+    arch: str = "aarch64"
 
     def __post_init__(self) -> None:
         if not self.work.is_depthwise:
@@ -180,7 +183,7 @@ def _acc_shape(conv: PackedDepthwise) -> tuple[int, ...]:
     return (w.n, conv.blocks, w.oh, w.ow, conv.block)
 
 
-def _plain(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
+def _plain(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, _rolled: str) -> Any:
     w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
     kh, kw = te.reduce_axis((0, w.kh), "kh"), te.reduce_axis((0, w.kw), "kw")
@@ -193,10 +196,10 @@ def _plain(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any
     return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
 
 
-def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
+def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, rolled: str) -> Any:
     w = conv.work
     rows, taps = (w.kh, w.kw) if conv.how == "row_pairs" else (1, conv.taps)
-    row_axis = te.reduce_axis((0, rows), "row")
+    row_axis = reduce_axis("row", rows, rolled)
     pair = te.reduce_axis((0, -(-taps // 2)), "pair")
 
     def product(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
@@ -206,7 +209,7 @@ def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any
             row = y * w.strides[0] + kh * w.dilation[0]
             column = x * w.strides[1] + kw * w.dilation[1]
             a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
-            return long_product(a, b)
+            return long_product(a, b, conv.arch)
 
         second = pair * 2 + 1
         both = tap(pair * 2)
@@ -221,7 +224,7 @@ def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any
     return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
 
 
-def _dot(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
+def _dot(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, _rolled: str) -> Any:
     w = conv.work
     sh, sw = w.strides
     shape = (
@@ -248,15 +251,18 @@ def _dot(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs) -> Any:
 _SUMS = {"plain": _plain, "pairs": _pairs, "row_pairs": _pairs, "dot": _dot}
 
 
-def accumulate(conv: PackedDepthwise, data: Any, weight: Any, attrs: Attrs = None) -> Any:
+def accumulate(
+    conv: PackedDepthwise, data: Any, weight: Any, attrs: Attrs = None, rolled: str = ""
+) -> Any:
     """Return the sums (n, blocks, oh, ow, block) of packed data: stages "pad", ("gather",) "conv".
 
-    `attrs` are attributes of stage "conv".
+    `attrs` are attributes of stage "conv"; LLVM is not to know the extent of its axis `rolled`:
+    "row" (of "row_pairs"), or none.
     """
     source = data
     if conv.needs_pad:
         source = pad_stage(conv.padded, data, conv.extra_rows)
-    return _SUMS[conv.how](conv, source, weight, attrs)
+    return _SUMS[conv.how](conv, source, weight, attrs, rolled)
 
 
 def depthwise(conv: PackedDepthwise) -> list[Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 from tvm import te
 
 from intrinsics.compat import tir
@@ -88,11 +89,23 @@ def lower(req: Request, kernel: Kernel, data: Any, weight: Any) -> Lowered:
             packed, bias = _packed_here(req, packing, conv, weight)
         room = depthwise if isinstance(conv, PackedDepthwise) else conv2d
         key = tir_plans.key(req, kernel.plan)
-        sums = room.accumulate(conv, source, packed, {tir_plans.ATTRIBUTE: key})
+        attrs, rolled = {tir_plans.ATTRIBUTE: key}, _rolled(kernel.plan)
+        sums = room.accumulate(conv, source, packed, attrs, rolled)
     lowered = _output(req, conv, sums, bias)
     shape = tuple(int(extent) for extent in lowered.out.shape)
     tir_plans.place(key, Placed(kernel.plan, lowered.axes, lowered.exact, shape))
     return lowered
+
+
+def _rolled(plan: Any) -> str:
+    """Return the axis of the reduction that LLVM must not unroll, or "".
+
+    TE has no mark for a loop, so that its extent is hidden from the start. TIR's schedules mark it.
+    """
+    in_tir = tvm.transform.PassContext.current().config.get("relay.backend.use_meta_schedule")
+    axis = "" if in_tir else getattr(plan, "short_loop", "")
+    # Of an axis of unknown extent TE tensorizes single elements only.
+    return "" if axis == "ik" and plan.block.rows_k > 1 else axis
 
 
 # ---------------------------------------------------------------- operands

@@ -54,18 +54,34 @@ class BlockPlan:
     vector: int
     rolled: str = ""
 
+    @property
+    def loops(self) -> dict[str, int]:
+        """The loops of the reduction around a step, outermost first: axis -> passes."""
+        conv = self.conv
+        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
+        steps = conv.step_block // (conv.k * self.block.rows_k)
+        return dict((("kh", conv.work.kh), *taps, ("ik", steps)))
+
+    @property
+    def short_loop(self) -> str:
+        """The loop of the reduction that LLVM must not unroll, by its axis' name; or empty."""
+        loops = {name: passes for name, passes in self.loops.items() if passes > 1}
+        names = list(loops)
+        short = {"": [], "whole": names, "all": names[-1:]}[self.rolled]
+        few = math.prod(loops[name] for name in short) <= SHORT_REDUCTION
+        return short[-1] if short and few else ""
+
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
         return schedule_alone(self, conv2d(self.conv))
 
     def apply(self, sch: Any, stages: Stages) -> None:
         """Schedule the sums and the output."""
-        _apply(sch, stages, self.conv, self.block, self.vector, self.rolled)
+        _apply(sch, stages, self)
 
 
-def _apply(
-    sch: Any, stages: Stages, conv: PackedConv2d, block: Block, vector: int, rolled: str
-) -> None:
+def _apply(sch: Any, stages: Stages, plan: BlockPlan) -> None:
+    conv, block = plan.conv, plan.block
     zero, dot, store = block.register()
     acc, stored = stages.acc, stages.stored
 
@@ -93,10 +109,9 @@ def _apply(
     (an, *inner), (*outer, ik, kk) = loops[:spatial], loops[spatial:]
     step, ik = sch.split(ik, [None, block.rows_k])
     sch.reorder(an, *outer, step, *inner, ik, kk)
-    loops = [loop for loop in (*outer, step) if int(sch.get(loop).extent) > 1]
-    short = {"": [], "whole": loops, "all": loops[-1:]}[rolled]
-    if short and math.prod(int(sch.get(loop).extent) for loop in short) <= SHORT_REDUCTION:
-        keep_rolled(sch, loops[-1])
+    for name, loop in zip(plan.loops, (*outer, step), strict=True):
+        if name == plan.short_loop:
+            keep_rolled(sch, loop)
 
     # 4. Zero, multiply-accumulate, store.
     init = sch.decompose_reduction(acc, outer[0])
@@ -105,7 +120,7 @@ def _apply(
     sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
 
     # 5. The epilogue reads that buffer in vectors.
-    oiv, oil = sch.split(oi, [None, max(divisors(block.channels, vector))])
+    oiv, oil = sch.split(oi, [None, max(divisors(block.channels, plan.vector))])
     sch.vectorize(oil)
     sch.unroll(oiv)
 

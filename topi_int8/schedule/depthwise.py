@@ -46,6 +46,11 @@ class DepthwisePlan:
             return max(divisors(conv.block, self.lanes)), strip
         return (4, conv.strip) if conv.how == "dot" else choose_pairs(conv.block, conv.work.ow)
 
+    @property
+    def short_loop(self) -> str:
+        """The loop of the reduction that LLVM must not unroll, by its axis' name; or empty."""
+        return "row" if self.conv.how == "row_pairs" and self.conv.work.kh > 1 else ""
+
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
         return schedule_alone(self, depthwise(self.conv))
