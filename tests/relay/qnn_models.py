@@ -65,7 +65,7 @@ class Network:
 
     def conv(
         self, data: Any, ic: int, oc: int, k: int, stride: int = 1, groups: int = 1,
-        relu: bool = True,
+        relu: bool = True, dilation: int = 1,
     ) -> Any:  # fmt: skip
         """Return convolution, bias, requantization per channel and ReLU; padding keeps the size."""
         depthwise = groups == ic == oc and groups > 1
@@ -73,7 +73,8 @@ class Network:
         sums = qnn.op.conv2d(
             data, self._weight((oc, ic // groups, k, k), order), self._zero(),
             relay.const(0, "int32"), relay.const(1.0), relay.const(np.full(oc, 1, "float32")),
-            kernel_size=(k, k), channels=oc, strides=(stride, stride), padding=(k // 2, k // 2),
+            kernel_size=(k, k), channels=oc, strides=(stride, stride),
+            padding=(k // 2 * dilation, k // 2 * dilation), dilation=(dilation, dilation),
             groups=groups, data_layout=self.layout, kernel_layout=order,
         )  # fmt: skip
         return self._requantized(sums, oc, ic // groups * k * k, self.axis, relu)

@@ -37,7 +37,7 @@ def _flip(dtype: str) -> int:
     return 128 if dtype == "uint8" else -128
 
 
-def _constant(expr: Any) -> np.ndarray | None:
+def constant(expr: Any) -> np.ndarray | None:
     """Return the value of an expression without variables, or None."""
     if not isinstance(expr, relay.Constant) and not relay.analysis.free_vars(expr):
         expr = relay.transform.FoldConstantExpr(expr, tvm.IRModule())
@@ -58,7 +58,7 @@ def _read(op: str, attrs: Any, inputs: Any, types: Any, out_type: Any) -> tuple[
     req = call.request(op, attrs, types[0], types[1], str(out_type.dtype))
     if not te_schedule.supports(req.kernel(req.decide(feats)).plan):
         raise NotOurs("TE has no schedule for it")
-    weight = _constant(inputs[1])
+    weight = constant(inputs[1])
     if weight is None:
         # Our kernel packs it at run time. Upstream would convert the operands for nothing, or
         # (arm_cpu, NHWC) raise UnboundLocalError.
@@ -71,7 +71,7 @@ def _attrs(attrs: Any) -> dict[str, Any]:
     return {key: attrs[key] for key in attrs.keys()}
 
 
-def _padded(expr: Any, layout: str, widths: dict[str, tuple[int, int]], value: int, dtype: str):
+def padded(expr: Any, layout: str, widths: dict[str, tuple[int, int]], value: int, dtype: str):
     """Return the expression padded in the dimensions that are named."""
     axes = [widths.get(letter, (0, 0)) for letter in layout]
     return expr if not any(map(any, axes)) else relay.nn.pad(expr, axes, relay.const(value, dtype))
@@ -141,9 +141,9 @@ def legalize_conv2d(attrs: Any, inputs: Any, types: Any) -> Any | None:
         data = _flipped(data, dtype)
         top, left, bottom, right = work.padding
         borders = {"H": (top, bottom), "W": (left, right)}
-        data = _padded(data, req.layout, borders, zero, dtype)
+        data = padded(data, req.layout, borders, zero, dtype)
         new["padding"] = (0, 0, 0, 0)
-    data = _padded(data, req.layout, {"C": (0, filled.ic - work.ic)}, 0, dtype)
+    data = padded(data, req.layout, {"C": (0, filled.ic - work.ic)}, 0, dtype)
     # 3. The convolution, its surplus channels cut off, its sums corrected.
     order = ["OIHW".index(letter) for letter in kernel_layout]
     new |= {"groups": filled.groups, "channels": filled.oc, "kernel_layout": kernel_layout}
@@ -207,7 +207,7 @@ def legalize_dense(attrs: Any, inputs: Any, types: Any) -> Any | None:
     data, dtype = inputs[0], work.data_dtype
     if flips:
         data, dtype = _flipped(data, conv.data_dtype), conv.data_dtype
-    data = _padded(data, "MK", {"K": (0, more_k)}, 0, dtype)
+    data = padded(data, "MK", {"K": (0, more_k)}, 0, dtype)
     full = relay.const(np.pad(weight, ((0, more_n), (0, more_k))))
     out = relay.nn.dense(data, full, units=work.n + more_n, out_dtype="int32")
     if more_n:

@@ -42,8 +42,23 @@ PACKING = (
 
 def run(passes: Sequence[Callable], mod: tvm.IRModule, target: Any) -> tvm.IRModule:
     """Return the module after passes, run for a target as opt_level 3 runs them."""
+    if not _is_dynamic(mod):  # it takes as long as all the others
+        passes = [make for make in passes if make is not relay.transform.DynamicToStatic]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential([make() for make in passes])(mod)
+
+
+def _is_dynamic(mod: tvm.IRModule) -> bool:
+    """Whether a function uses an operator whose shape is an operand."""
+    found = False
+
+    def visit(node: Any) -> None:
+        nonlocal found
+        found |= isinstance(node, tvm.ir.Op) and node.name.startswith("dyn.")
+
+    for function in mod.functions.values():
+        relay.analysis.post_order_visit(function, visit)
+    return found
 
 
 @tvm.transform.module_pass(opt_level=0, name="topi_int8.relay.ConvertLayout")
