@@ -185,6 +185,20 @@ def test_every_convolution_of_a_network(target: str, asked: Asked) -> None:
         assert lib.get_lib().get_source("asm").count("vpdpbusd") > 16 * len(set(anchors))
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_branches_and_odd_channels(layout: str, asked: Asked) -> None:
+    """Concatenation, grouped convolution, pooling, two outputs; nothing is left to a warning."""
+    mod = qnn_models.branches(qnn_models.Network(layout))
+    shape = [int(extent) for extent in mod["main"].params[0].checked_type.shape]
+    inputs = {"data": np.random.default_rng(5).integers(0, 256, shape).astype("uint8")}
+    expected = run(mod, inputs, AVX2)
+    with database():
+        got = run(mod, inputs, AVX2)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(asked.plans) > 5 and not asked.declined
+
+
 # ---------------------------------------------------------------- the rest
 
 
