@@ -81,12 +81,20 @@ class Graph:
         return [arrays[first[node] + output] for node, output, *_ in self.json["heads"]]
 
 
-def build(
-    name: str, mod: tvm.IRModule, isa: str, params: Mapping[str, np.ndarray] | None, level: int
-) -> Graph:
-    """Build a module; `name` keeps its kernels apart from other modules' in one program."""
-    with tvm.transform.PassContext(opt_level=level):
-        built = relay.build(mod, target=TARGETS[isa], params=params, mod_name=name)
+def build(name: str, mod: tvm.IRModule, isa: str, options: str = "") -> Graph:
+    """Build a module.
+
+    Parameters
+    ----------
+    name : str
+        Keeps its kernels apart from other modules' in one program.
+    mod : IRModule
+    isa : str
+    options : str
+        Further ones of the target.
+    """
+    with tvm.transform.PassContext(opt_level=3):
+        built = relay.build(mod, target=f"{TARGETS[isa]} {options}", mod_name=name)
     constants = {key: value.numpy() for key, value in built.get_params().items()}
     return Graph(json.loads(built.get_graph_json()), constants, built.get_lib())
 
