@@ -117,7 +117,7 @@ class Call:
             weight = relay.const(np.ascontiguousarray(arrays["weight"]))
         out = self._sums(data, weight)
         if self.requantized:
-            out = self._requantize(out)
+            out = self.requantize(out)
         return relay.transform.InferType()(tvm.IRModule.from_expr(relay.Function(variables, out)))
 
     def inputs(self, ops: reference.Operands) -> dict[str, np.ndarray]:
@@ -141,7 +141,8 @@ class Call:
             kernel_layout=self.kernel_layout, out_dtype="int32",
         )  # fmt: skip
 
-    def _requantize(self, sums: Any) -> Any:
+    def requantize(self, sums: Any) -> Any:
+        """Return sums, a bias added, requantized to uint8 by channel."""
         channels = self.work.n if isinstance(self.work, MatmulWorkload) else self.work.oc
         rng = np.random.default_rng(channels)
         bias = rng.integers(-3000, 3000, channels).astype("int32")
