@@ -142,7 +142,7 @@ def test_arm(isa: str, asked: Asked, tmp_path: Path) -> None:
     operands = {name: call.operands() for name, call in calls.items()}
     modules = {name: call.module(operands[name]) for name, call in calls.items()}
     with database():
-        graphs = [arm_graph.build(name, mod, isa, None, 3) for name, mod in modules.items()]
+        graphs = [arm_graph.build(name, mod, isa) for name, mod in modules.items()]
     assert len(asked.plans) == len(calls) and not asked.declined
     program = arm_graph.link_program(graphs, isa, tmp_path)
     for graph, (name, call) in zip(graphs, calls.items(), strict=True):
