@@ -128,7 +128,7 @@ def test_epilogue_is_that_of_the_strategies(layout: str, asked: Asked) -> None:
     assert len(asked.plans) == 1 and got.std() > 1
 
 
-@pytest.mark.parametrize("isa", ["neon", "neon_dotprod"])
+@pytest.mark.parametrize("isa", arm_graph.TARGETS)
 def test_arm(isa: str, asked: Asked, tmp_path: Path) -> None:
     """Blocks of accumulators, partial sums, gathered rows, and loops that are to stay loops."""
     if missing := problem(isa):

@@ -132,6 +132,9 @@ def roll(func: Any) -> Any:
     """Return the function with its marked loops in a form that LLVM cannot unroll."""
 
     def rolled(loop: Any) -> Any:
-        return compat.with_body(loop, loop.body, compat.unknown_to_llvm(int(loop.extent)))
+        extent = compat.unknown_to_llvm(int(loop.extent))
+        dtype = compat.dtype_of(loop.loop_var)  # int64 in some of Relay's functions
+        extent = extent if compat.dtype_of(extent) == dtype else extent.astype(dtype)
+        return compat.with_body(loop, loop.body, extent)
 
     return compat.replace_annotated_loops(func, _ROLLED, rolled)
