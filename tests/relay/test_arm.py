@@ -148,6 +148,29 @@ def test_grid(
     _check(cases, isa, tmp_path, record_property)
 
 
+@pytest.mark.parametrize("isa", ["neon"])
+def test_requantize_of_any_scale(isa: str, tmp_path: Path, record_property: Record) -> None:
+    """Its own lowering on AArch64: shifts both ways, ties, and sums of many bits."""
+    _needs(isa)
+    rng = np.random.default_rng(0)
+    scales = (2.0 ** rng.uniform(-24, 6, 64)).astype("float32")
+    scales[:8] = 0.5 ** np.arange(-2, 6)  # ties
+    sums = rng.integers(-(2**24), 2**24, (9, 64)).astype("int32") >> rng.integers(0, 20, (9, 64))
+    given, zero = relay.var("sums", shape=sums.shape, dtype="int32"), relay.const(0, "int32")
+    out = relay.qnn.op.requantize(
+        given, relay.const(scales), zero, relay.const(1.0), zero, axis=1, out_dtype="int32"
+    )
+    mod = relay.transform.InferType()(tvm.IRModule.from_expr(relay.Function([given], out)))
+    inputs = {"sums": sums.astype("int32")}
+    with topi_int8.disabled():
+        expected = run(mod, inputs, "llvm")
+    graph = arm_graph.build("requantize", mod, isa)
+    got = graph.run(arm_graph.link_program([graph], isa, tmp_path), inputs)
+    np.testing.assert_array_equal(got, expected)
+    assert "srshl" in graph.assembly()
+    record_property("qemu", (f"{isa} on {arm.MACHINES[isa].cpu}", "requantizations", 1))
+
+
 @pytest.mark.model
 @pytest.mark.parametrize(
     "isa",
@@ -229,6 +252,15 @@ def test_a_short_reduction_stays_a_loop(isa: str, products: int) -> None:
     loop = _inner(_built(_narrow(Call(conv(32, (14, 14), 32, data_dtype="int8"))), isa))
     multiplied = [i.text for i in loop.instructions if re.match(r"v?smull|vmull", i.text)]
     assert len(multiplied) == products, multiplied
+
+
+@pytest.mark.parametrize("isa", ["neon", "neon_dotprod"])
+def test_sums_are_requantized_in_vectors(isa: str) -> None:
+    graph = _built(_layer("int8", "int8", narrow=True), isa)
+    every = (loop for each in arm_asm.parse(graph.assembly()) for loop in each.loops)
+    code = [i.text for loop in every for i in loop.instructions]
+    assert any(text.startswith("srshl") for text in code)
+    assert not [text for text in code if re.match(r"mov x\d+, v|fmov x", text)]
 
 
 def test_i8mm_is_served_by_dotprod() -> None:
