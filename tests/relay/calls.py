@@ -16,6 +16,7 @@ import tvm
 from tvm import relay
 from tvm.contrib import graph_executor
 
+import topi_int8
 from tests import reference
 from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload
 
@@ -218,3 +219,17 @@ def run(
 ) -> list[np.ndarray]:  # fmt: skip
     """Return the outputs of a module."""
     return executable(mod, target, executor, level)(inputs)
+
+
+def in_float32() -> Any:
+    """Return a context in which QNN requantizes in float32, as it does for CPUs from SSE4.1 on.
+
+    For plain ``llvm`` it multiplies integers: ties are rounded otherwise.
+    """
+    return relay.qnn.op.qnn.requantize_config(compute_dtype="float32")
+
+
+def upstream(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return what upstream computes of a module for plain ``llvm``, where no sum saturates."""
+    with topi_int8.disabled(), in_float32():
+        return run(mod, inputs, "llvm")

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import tvm
 
-import topi_int8
 from tests.kernels import require
 from tests.relay import qnn_models, relay_models
-from tests.relay.calls import X86, run
+from tests.relay.calls import X86, in_float32, run, upstream
 
 SIZE = 32
 
@@ -58,8 +57,7 @@ def _model(name: str) -> tuple[tvm.IRModule, dict[str, np.ndarray], list[np.ndar
     """Return (module, inputs, outputs of upstream's exact build)."""
     mod = MODELS[name]()
     inputs = relay_models.inputs(mod)
-    with topi_int8.disabled():
-        return mod, inputs, run(mod, inputs, "llvm")
+    return mod, inputs, upstream(mod, inputs)
 
 
 @pytest.mark.model
@@ -67,7 +65,8 @@ def _model(name: str) -> tuple[tvm.IRModule, dict[str, np.ndarray], list[np.ndar
 def test_whole_network(name: str, executor: str, level: int, isa: str) -> None:
     require(isa)
     mod, inputs, expected = _model(name)
-    got = run(mod, inputs, X86[isa], executor, level)
+    with in_float32():
+        got = run(mod, inputs, X86[isa], executor, level)
     assert len(got) == len(expected)
     for ours, theirs in zip(got, expected, strict=True):
         assert len(np.unique(theirs)) > 5, "the network's output says nothing"
