@@ -41,8 +41,8 @@ def relay_python() -> Path:
     path = Path(os.environ.get(RELAY_PYTHON) or _BUILT_PYTHON)
     if not path.exists():
         raise WorkerError(
-            f"no TVM with Relay at {path}: run `make test-relay`, or set {RELAY_PYTHON} to a Python "
-            "that has one"
+            f"no TVM with Relay at {path}: run `make test-relay`, or set {RELAY_PYTHON} to a "
+            "Python that has one"
         )
     return path
 

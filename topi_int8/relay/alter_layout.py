@@ -250,6 +250,30 @@ def legalize_batch_matmul(attrs: Any, inputs: Any, types: Any) -> Any | None:
         raise NotOurs("TE has no schedule for it")
 
 
+# ---------------------------------------------------------------- sums of fewer bits
+
+
+def _cut_off(make: Callable[..., Any], legalize: Rewrite) -> Rewrite:
+    """Return a Legalize that also takes sums of 8 or 16 bits: int32 sums, cut off behind.
+
+    relay.quantize asks for them by `dtype_activation`. Modulo 2**bits both are the same.
+    """
+
+    def rewrite(attrs: Any, inputs: Any, types: Any) -> Any:
+        data, weight, out = types
+        if str(out.dtype) not in ("int8", "int16"):
+            return legalize(attrs, inputs, types)
+        call = make(*inputs, **(_attrs(attrs) | {"out_dtype": "int32"}))
+        whole = relay.TensorType(out.shape, "int32")
+        try:
+            call = legalize(call.attrs, inputs, [data, weight, whole]) or call
+        except LeftAsItIs:
+            pass  # a strategy packs it
+        return relay.cast(call, out.dtype)
+
+    return rewrite
+
+
 # ---------------------------------------------------------------- what lies between
 
 
@@ -326,9 +350,9 @@ def _before(ours: Rewrite) -> Callable[[Rewrite], Rewrite]:
 
 
 _WRAPPED: tuple[tuple[Any, Rewrite], ...] = (
-    (topi.nn.conv2d_legalize, legalize_conv2d),
+    (topi.nn.conv2d_legalize, _cut_off(relay.nn.conv2d, legalize_conv2d)),
     (topi.nn.conv2d_alter_layout, alter_conv2d),
-    (topi.nn.dense_legalize, legalize_dense),
+    (topi.nn.dense_legalize, _cut_off(relay.nn.dense, legalize_dense)),
     (topi.nn.dense_alter_layout, alter_dense),
     (topi.nn.batch_matmul_legalize, legalize_batch_matmul),
 )
