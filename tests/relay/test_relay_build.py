@@ -58,8 +58,8 @@ class Case:
 
 
 def plain() -> list[Case]:
-    """Every workload as most people build it."""
-    return [Case(name, "avx512_vnni", "NCHW", True, "graph", 3) for name in WORKLOADS]
+    """Every second workload as most people build it."""
+    return [Case(name, "avx512_vnni", "NCHW", True, "graph", 3) for name in list(WORKLOADS)[::2]]
 
 
 def mixed() -> list[Case]:
