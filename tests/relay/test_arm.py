@@ -110,6 +110,7 @@ SAMPLE: dict[str, Case] = {
     "depthwise_5x5": _narrow(Call(DEPTHWISE["kernel_5"], "NHWC")),
     "dense": _narrow(Call(MATMULS["k_768"])),
     "dense_u8u8": _random(Call(MATMULS["u8u8"])),
+    "batch_n24": _random(Call(MATMULS["batch"], requantized=True)),  # vectors of 12
     "batch": _random(Call(MATMULS["batch_odd_n"], constant=False)),
     "lowest": _lowest(Call(_S8)),
     "lowest_variable": _lowest(Call(_S8, "NHWC", constant=False)),

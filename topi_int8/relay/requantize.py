@@ -48,7 +48,8 @@ def _lower(call: Any) -> Any:
     x, multiplier, left, right, fraction, shifts_left, _ = call.args
     dtype = tvm.DataType(call.dtype)
     fraction = getattr(fraction, "value", fraction)  # of a Broadcast
-    if dtype.lanes % _LANES or int(fraction) != _FRACTION:
+    halves = dtype.lanes >= _LANES and dtype.lanes & (dtype.lanes - 1) == 0
+    if not halves or int(fraction) != _FRACTION:
         return call
     shift = tir.Broadcast(tir.const(-_FRACTION, "int32"), dtype.lanes) - right
     if int(getattr(shifts_left, "value", shifts_left)):
