@@ -31,7 +31,7 @@ _TURNS = [
     pytest.param(
         name, isa, id=f"{name}-{isa}",
         marks=() if at % 2 == 0 and isa == ISAS[at // 2 % 4] else pytest.mark.relay_full,
-    )  # fmt: skip
+    )
     for at, name in enumerate(WORKLOADS)
     for isa in ISAS
 ]

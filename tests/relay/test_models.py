@@ -68,6 +68,7 @@ def test_whole_network(name: str, executor: str, level: int, isa: str) -> None:
     with in_float32():
         got = run(mod, inputs, X86[isa], executor, level)
     assert len(got) == len(expected)
+    most = max(len(np.unique(output)) for output in expected)
+    assert most > 20, "the network's outputs say nothing"
     for ours, theirs in zip(got, expected, strict=True):
-        assert len(np.unique(theirs)) > 5, "the network's output says nothing"
         np.testing.assert_array_equal(ours, theirs)
