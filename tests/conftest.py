@@ -17,9 +17,7 @@ from hypothesis import HealthCheck, settings
 from intrinsics.compat import IS_RELAX
 
 # What is collected where TVM has Relay (`make test-relay`). All else here needs Relax.
-_ON_RELAY = (
-    "compute/test_pack.py", "relay", "test_layout.py", "test_workload.py",
-)  # fmt: skip
+_ON_RELAY = ("relay", "test_layout.py", "test_workload.py")
 
 # The same examples on every run and machine: a failure is a change of the code, not of the dice.
 # HYPOTHESIS_PROFILE=search looks for new ones.
