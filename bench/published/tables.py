@@ -238,9 +238,12 @@ def activations_table(
 # ---------------------------------------------------------------- what is to be reached
 
 GOAL_BATCHES, GOAL_THREADS = (1, 8), (1, 2)
+# "stem too": the first convolution is quantized as well, by upstream and by us.
 GOALS: tuple[tuple[str, Engine, Engine, float], ...] = (
     ("upstream int8 / ours", UPSTREAM, OURS, 3.3),
     ("upstream float32 / ours", FLOAT, OURS, 2.8),
+    ("the same int8, stem too", replace(UPSTREAM, stem=True), replace(OURS, stem=True), 3.3),
+    ("the same float32, stem too", FLOAT, replace(OURS, stem=True), 2.8),
     ("ours NCHW / ours NHWC", OURS, nhwc(OURS), 1 / 1.15),
     ("upstream int8 NHWC / ours NHWC", nhwc(UPSTREAM), nhwc(OURS), 3.3),
 )

@@ -1,4 +1,4 @@
-"""relay.build below opt_level 3: integer models in packed layouts there too.
+"""relay.build of integer models: in packed layouts at any opt_level, with indices LLVM can read.
 
 Relay changes layouts at opt_level 3 only, and a PassContext's default is 2. Weights would be packed
 at each run, and tensors reordered between layers: some three times slower, silently.
@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import tvm
 from tvm import relay
+from tvm.ir.transform import PassContext
 from tvm.relay import build_module
 from tvm.relay.backend import vm
 
 from ..switch import DictSlot
 from ..target import is_supported
 from ..workload import INT8_DTYPES
+from . import call
 from .convert_layout import ConvertLayout
 
 _ALTERS = 3  # the opt_level of Relay's own AlterOpLayout
-_ANCHORS = ("conv2d", "dense", "batch_matmul")
+_ANCHORS = {"nn.batch_matmul", "qnn.conv2d", "qnn.dense", "qnn.batch_matmul"} | {
+    "nn.conv2d", "nn.dense", *call.PACKED_OPS,
+}  # fmt: skip
+_NO_CSE = "tir.disable_cse_tir"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def single_target(target: Any) -> tvm.target.Target | None:
@@ -35,15 +44,15 @@ def single_target(target: Any) -> tvm.target.Target | None:
 
 
 def _has_integer_anchor(mod: tvm.IRModule) -> bool:
-    """Whether a convolution or matmul, plain or QNN's, has an integer weight."""
+    """Whether a convolution or matmul, plain or QNN's, has integer data."""
     found = False
 
     def visit(node: Any) -> None:
         nonlocal found
         if not isinstance(node, relay.Call) or not isinstance(node.op, tvm.ir.Op):
             return
-        if node.op.name.rpartition(".")[2] in _ANCHORS:
-            found |= str(node.args[1].checked_type.dtype) in INT8_DTYPES
+        if node.op.name in _ANCHORS:
+            found |= str(node.args[0].checked_type.dtype) in INT8_DTYPES
 
     for function in relay.transform.InferType()(mod).functions.values():
         relay.analysis.post_order_visit(function, visit)
@@ -59,8 +68,33 @@ def with_params(mod: tvm.IRModule, params: Mapping[str, Any] | None) -> tvm.IRMo
     return mod
 
 
-def _packed_first(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a build function that converts layouts first where Relay will not."""
+def context_with(config: Mapping[str, Any], disabled: Sequence[str] = ()) -> PassContext:
+    """Return the current PassContext with further settings."""
+    current = PassContext.current()
+    return PassContext(
+        current.opt_level, [*current.required_pass], [*current.disabled_pass, *disabled],
+        [*current.instruments], {**current.config, **config},
+    )  # fmt: skip
+
+
+def _plain_indices() -> AbstractContextManager:
+    """Return what keeps TVM from sharing parts of indices in the functions that are built.
+
+    It binds them to 32-bit variables. LLVM then does not see that a tile's addresses differ by
+    constants: it computes each one apart, and spills accumulators for them. LLVM shares by itself.
+    """
+    current = PassContext.current()
+    if _NO_CSE in current.config:
+        return nullcontext()
+    if current.instruments:
+        # Leaving a context of ours would tell them that theirs is left: they forget what they saw.
+        _LOGGER.warning("the PassContext has instruments: kernels may be slower; set %s", _NO_CSE)
+        return nullcontext()
+    return context_with({_NO_CSE: True})
+
+
+def _ours(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a build function that prepares integer models for our kernels."""
     signature = inspect.signature(build)
     name = next(iter(signature.parameters))
 
@@ -68,23 +102,24 @@ def _packed_first(build: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         mod, target = bound.arguments[name], single_target(bound.arguments.get("target"))
-        context = tvm.transform.PassContext.current()
-        disabled = "AlterOpLayout" in map(str, context.disabled_pass)
-        if context.opt_level >= _ALTERS or disabled or target is None or not is_supported(target):
-            return build(*args, **kwargs)
         if isinstance(mod, relay.Function):
             mod = tvm.IRModule.from_expr(mod)
-        if not isinstance(mod, tvm.IRModule) or not _has_integer_anchor(mod):
+        served = target is not None and is_supported(target) and isinstance(mod, tvm.IRModule)
+        if not served or not _has_integer_anchor(mod):
             return build(*args, **kwargs)
-        mod = with_params(mod, bound.arguments.get("params"))
-        bound.arguments[name] = ConvertLayout(target)(mod)
-        return build(*bound.args, **bound.kwargs)
+        context = PassContext.current()
+        alters = "AlterOpLayout" not in map(str, context.disabled_pass)
+        if context.opt_level < _ALTERS and alters:
+            mod = with_params(mod, bound.arguments.get("params"))
+            bound.arguments[name] = ConvertLayout(target)(mod)
+        with _plain_indices():
+            return build(*bound.args, **bound.kwargs)
 
     return wrapper
 
 
 SLOTS: tuple[DictSlot, ...] = (
-    DictSlot(vars(relay), "build", _packed_first),
-    DictSlot(vars(build_module), "build", _packed_first),
-    DictSlot(vars(vm), "compile", _packed_first),
+    DictSlot(vars(relay), "build", _ours),
+    DictSlot(vars(build_module), "build", _ours),
+    DictSlot(vars(vm), "compile", _ours),
 )

@@ -26,7 +26,7 @@ from ..schedule.stages import roll
 from ..switch import DictSlot
 from ..target import is_supported
 from . import tir_schedule
-from .build import single_target
+from .build import context_with, single_target
 
 _open: ContextVar[bool] = ContextVar("topi_int8.relay.database", default=False)
 
@@ -79,13 +79,8 @@ def _roll(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
 
 def _context() -> tvm.transform.PassContext:
     """Return the current PassContext with the database's settings."""
-    current = tvm.transform.PassContext.current()
-    config = {**current.config, **_CONFIG}
-    config[_LOWER_PASSES] = [*config.get(_LOWER_PASSES, ()), [0, _roll]]
-    return tvm.transform.PassContext(
-        current.opt_level, [*current.required_pass], [*current.disabled_pass, _SURPLUS],
-        [*current.instruments], config,
-    )  # fmt: skip
+    before = tvm.transform.PassContext.current().config.get(_LOWER_PASSES, ())
+    return context_with({**_CONFIG, _LOWER_PASSES: [*before, [0, _roll]]}, [_SURPLUS])
 
 
 def _dispatched(build: Callable[..., Any]) -> Callable[..., Any]:
