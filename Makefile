@@ -100,8 +100,8 @@ bench: $(STAMP)
 onednn: $(ONEDNN)/.installed
 
 # In a folder of its own: its libraries are found by path, and none of our dependencies changes.
-$(ONEDNN)/.installed: setup
-	$(BIN)/python -m bench.rivals.onednn
+$(ONEDNN)/.installed: $(STAMP)
+	$(VENV)/bin/python -m bench.rivals.onednn
 	@touch $@
 
 .PHONY: clean distclean

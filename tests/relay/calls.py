@@ -18,6 +18,7 @@ from tvm.contrib import graph_executor
 
 import topi_int8
 from tests import reference
+from topi_int8.target import runs_here
 from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload
 
 Workload = Conv2dWorkload | MatmulWorkload
@@ -29,6 +30,8 @@ X86: Mapping[str, str] = {
     "avx512_bw": "llvm -mcpu=skylake-avx512",
     "avx512_vnni": "llvm -mcpu=cascadelake",
 }
+# The target of the best instruction set of these that this machine executes.
+HERE = next(X86[isa] for isa in reversed(X86) if runs_here(isa))
 
 # Data layout -> the weight's, and that of depthwise convolutions.
 KERNEL_LAYOUTS = {"NCHW": ("OIHW", "OIHW"), "NHWC": ("HWIO", "HWOI")}

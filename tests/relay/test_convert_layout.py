@@ -12,11 +12,11 @@ from tvm import relay
 
 import topi_int8
 from tests.relay import relay_models
-from tests.relay.calls import X86, run, upstream
+from tests.relay.calls import HERE, X86, run, upstream
 from tests.relay.qnn_models import Network, branches, mobilenet, resnet
 from topi_int8.relay import ConvertLayout
 
-VNNI = X86["avx512_vnni"]
+VNNI = X86["avx512_vnni"]  # converted for, and not executed
 _PACKED_CONVS = ("nn.contrib_conv2d_NCHWc", "nn.contrib_depthwise_conv2d_NCHWc")
 
 
@@ -48,10 +48,10 @@ _CASES = [
 
 
 @functools.cache
-def _model(name: str, layout: str) -> tuple[tvm.IRModule, tvm.IRModule]:
+def _model(name: str, layout: str, target: str = VNNI) -> tuple[tvm.IRModule, tvm.IRModule]:
     """Return a network as it is, and converted."""
     mod = MODELS[name](layout)
-    return mod, ConvertLayout(VNNI)(mod)
+    return mod, ConvertLayout(target)(mod)
 
 
 def calls(mod: tvm.IRModule) -> list[relay.Call]:
@@ -135,7 +135,8 @@ def test_converted_computes_what_upstream_does(
     name: str, layout: str, executor: str, level: int
 ) -> None:
     data, want = _upstream(name)
-    got = run(_model(name, layout)[1], {"data": _in(layout, data)}, VNNI, executor, level)
+    _, converted = _model(name, layout, HERE)
+    got = run(converted, {"data": _in(layout, data)}, HERE, executor, level)
     assert len(got) == len(want) and len(np.unique(want[-1])) > 50
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(ours, _in(layout, theirs))
@@ -173,10 +174,10 @@ def _nhwc_float(groups: int = 1) -> tvm.IRModule:
 
 def test_float_convolutions_in_nhwc_are_packed() -> None:
     mod = _nhwc_float()
-    (conv,) = (c for c in calls(ConvertLayout(VNNI)(mod)) if "conv2d" in c.op.name)
+    (conv,) = (c for c in calls(ConvertLayout(HERE)(mod)) if "conv2d" in c.op.name)
     assert conv.op.name == "nn.contrib_conv2d_NCHWc"
     inputs = relay_models.inputs(mod)
-    (got,) = run(mod, inputs, VNNI)
+    (got,) = run(mod, inputs, HERE)
     with topi_int8.disabled():
         (want,) = run(mod, inputs, "llvm")
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
@@ -202,11 +203,11 @@ def test_round_is_exact() -> None:
     mod = relay.transform.InferType()(
         tvm.IRModule.from_expr(relay.Function([x], relay.round(x)))
     )
-    assert [call.op.name for call in calls(ConvertLayout(VNNI)(mod))] != ["round"]
-    (got,) = run(mod, {"x": values}, VNNI)
+    assert [call.op.name for call in calls(ConvertLayout(HERE)(mod))] != ["round"]
+    (got,) = run(mod, {"x": values}, HERE)
     wide = values.astype("float64")
     want = (np.sign(wide) * np.floor(np.abs(wide) + 0.5)).astype("float32")
     np.testing.assert_array_equal(got, want)
     with topi_int8.disabled():
-        (upstream,) = run(mod, {"x": values}, VNNI)
+        (upstream,) = run(mod, {"x": values}, HERE)
     np.testing.assert_array_equal(upstream, want)
