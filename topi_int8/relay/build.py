@@ -20,16 +20,16 @@ from tvm.relay import build_module
 from tvm.relay.backend import vm
 
 from ..switch import DictSlot
-from ..target import is_supported
+from ..target import features, is_supported
 from ..workload import INT8_DTYPES
-from . import call
+from . import call, wide_indices
 from .convert_layout import ConvertLayout
 
 _ALTERS = 3  # the opt_level of Relay's own AlterOpLayout
 _ANCHORS = {"nn.batch_matmul", "qnn.conv2d", "qnn.dense", "qnn.batch_matmul"} | {
     "nn.conv2d", "nn.dense", *call.PACKED_OPS,
 }  # fmt: skip
-_NO_CSE = "tir.disable_cse_tir"
+_64_BITS = ("x86_64", "aarch64")
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -77,20 +77,15 @@ def context_with(config: Mapping[str, Any], disabled: Sequence[str] = ()) -> Pas
     )  # fmt: skip
 
 
-def _plain_indices() -> AbstractContextManager:
-    """Return what keeps TVM from sharing parts of indices in the functions that are built.
-
-    It binds them to 32-bit variables. LLVM then does not see that a tile's addresses differ by
-    constants: it computes each one apart, and spills accumulators for them. LLVM shares by itself.
-    """
-    current = PassContext.current()
-    if _NO_CSE in current.config:
+def _wide_indices(target: tvm.target.Target) -> AbstractContextManager:
+    """Return what widens the indices of our kernels where addresses have 64 bits."""
+    if features(target).arch not in _64_BITS:
         return nullcontext()
-    if current.instruments:
+    if PassContext.current().instruments:
         # Leaving a context of ours would tell them that theirs is left: they forget what they saw.
-        _LOGGER.warning("the PassContext has instruments: kernels may be slower; set %s", _NO_CSE)
+        _LOGGER.warning("PassContext with instruments: indices stay narrow, tiles may spill")
         return nullcontext()
-    return context_with({_NO_CSE: True})
+    return context_with(wide_indices.setting())
 
 
 def _ours(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +107,7 @@ def _ours(build: Callable[..., Any]) -> Callable[..., Any]:
         if context.opt_level < _ALTERS and alters:
             mod = with_params(mod, bound.arguments.get("params"))
             bound.arguments[name] = ConvertLayout(target)(mod)
-        with _plain_indices():
+        with _wide_indices(target):
             return build(*bound.args, **bound.kwargs)
 
     return wrapper

@@ -27,10 +27,10 @@ from ..switch import DictSlot
 from ..target import is_supported
 from . import tir_schedule
 from .build import context_with, single_target
+from .wide_indices import MARK, lower_pass
 
 _open: ContextVar[bool] = ContextVar("topi_int8.relay.database", default=False)
 
-_LOWER_PASSES = "tir.add_lower_pass"
 _CONFIG = {
     "relay.backend.use_meta_schedule": True,
     "relay.backend.tir_converter": "default",
@@ -68,19 +68,21 @@ def database() -> Iterator[None]:
         _open.reset(token)
 
 
-@tvm.transform.module_pass(opt_level=0, name="topi_int8.Roll")
-def _roll(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
-    """Give the loops that our schedules marked their form: TVM keeps a schedule's steps only."""
+@tvm.transform.module_pass(opt_level=0, name="topi_int8.Scheduled")
+def _scheduled(mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
+    """Give the loops that our schedules marked their form: TVM keeps a schedule's steps only.
+
+    Whatever is scheduled in TIR here is marked as ours.
+    """
     for name, func in mod.functions_items():
         if isinstance(func.body, tvm.tir.BlockRealize):
-            mod.update_func(name, roll(func))
+            mod.update_func(name, roll(func).with_attr(MARK, True))
     return mod
 
 
 def _context() -> tvm.transform.PassContext:
     """Return the current PassContext with the database's settings."""
-    before = tvm.transform.PassContext.current().config.get(_LOWER_PASSES, ())
-    return context_with({**_CONFIG, _LOWER_PASSES: [*before, [0, _roll]]}, [_SURPLUS])
+    return context_with({**_CONFIG, **lower_pass(0, _scheduled)}, [_SURPLUS])
 
 
 def _dispatched(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from tvm import te
 
 from ..schedule.stages import divisors
+from . import wide_indices
 from .te_compute import TAG, Lowered
 from .te_families import FAMILIES
 from .te_tiling import Tiling
@@ -46,6 +47,7 @@ def schedule(plan: Any, lowered: Lowered, outs: list[Any]) -> Any:
         s[sums].compute_inline()
     named = [None if at is None else s[root].op.axis[at] for at in axes]
     done = family.schedule(s, plan, acc, sums, Tiling(s[root], *named))
+    wide_indices.mark(s[acc])
     done += [sums.op, acc.op]
     for op in ours:
         if not any(op.same_as(other) for other in done):
