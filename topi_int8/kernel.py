@@ -16,10 +16,12 @@ import numpy as np
 from intrinsics.arm_dot import PRODUCTS, ArmProduct
 from intrinsics.x86_dot import DOT_INTRINSICS, DotIntrinsic
 
+from .compute import winograd as compute_winograd
 from .compute.conv2d import PackedConv2d, window_taps
 from .compute.depthwise import PackedDepthwise
+from .compute.winograd import PackedWinograd
 from .layout import Layout, round_up
-from .schedule import arm, spatial_pack, x86_amx
+from .schedule import arm, spatial_pack, winograd, x86_amx
 from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
 from .workload import Conv2dWorkload, MatmulWorkload
@@ -50,7 +52,7 @@ class Blocks:
 class Plan(Protocol):
     """A packed convolution and what one family of schedules chose for it."""
 
-    conv: Any  # PackedConv2d or PackedDepthwise
+    conv: Any  # PackedConv2d, PackedDepthwise or PackedWinograd
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
@@ -67,14 +69,14 @@ class Kernel:
 
     Parameters
     ----------
-    packing : PackedConv2d, PackedDepthwise or MatmulPacking
+    packing : PackedConv2d, PackedDepthwise, PackedWinograd or MatmulPacking
         The packers.
     plan : Plan
         What its schedule chose; ``func`` is scheduled by it when first asked for.
     data_layout, out_layout : Layout
     """
 
-    packing: PackedConv2d | PackedDepthwise | MatmulPacking
+    packing: PackedConv2d | PackedDepthwise | PackedWinograd | MatmulPacking
     plan: Plan
     data_layout: Layout
     out_layout: Layout
@@ -264,6 +266,43 @@ def build_dot(name: str) -> Build:
         return _spatial_pack(
             work, blocks, dot.n, dot.k, (dot.a, dot.b), dot.registers, dot.uops, dot
         )
+
+    return build
+
+
+def declines_winograd(work: Conv2dWorkload, lanes: int, k: int, uops: int) -> str | None:
+    """Return why `build_winograd` cannot, or should not, compute a convolution; None if it should.
+
+    Parameters
+    ----------
+    lanes : int
+        Of its dot product.
+    k, uops : int
+        Of the dot product that the direct sum would be made by, on as many lanes.
+    """
+    if not compute_winograd.applies(work):
+        return "not 3x3 with strides, dilation and groups of 1"
+    if work.weight_range is None:
+        return "weights are no constant: they would be transformed at each run"
+    if compute_winograd.overflows(work):
+        return f"4 times a sum over {9 * work.ic} products may not fit int32"
+    return winograd.worthwhile(work, lanes, k, uops)
+
+
+def build_winograd(name: str) -> Build:
+    """Return the builder of F(2x2, 3x3) by the broadcast dot product of int16 of that name (x86).
+    """
+
+    def build(work: Conv2dWorkload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
+        dot: DotIntrinsic = DOT_INTRINSICS[name]
+        packing = PackedWinograd(work, blocks.data, blocks.out, dot.n)
+        band = winograd.choose_band(packing.tiles_h, packing.tiles_w)
+        tile, tiles_w = spatial_pack.choose_tile(
+            band, packing.tiles_w, packing.padded.out_blocks, blocks.out // dot.n, dot.registers,
+            dot.uops,
+        )  # fmt: skip
+        packing = replace(packing, tiles_w=tiles_w)
+        return _kernel(work, blocks, winograd.WinogradPlan(packing, band, tile, dot))
 
     return build
 

@@ -23,6 +23,8 @@ from .kernel import (
     build_depthwise,
     build_dot,
     build_vector,
+    build_winograd,
+    declines_winograd,
     default_blocks,
 )
 from .target import GENERIC, ISAS, X86_ISAS, Features, features
@@ -58,6 +60,8 @@ class Strategy:
         (workload, features) -> the reason for no, or None for yes.
     build : callable
         (workload, blocks, features, ask_permission) -> Kernel.
+    transforms : bool
+        Whether packing changes the weight's values, so that it lies in no layout of OIHW.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Strategy:
     intrinsic: str
     declines: Accepts
     build: Build
+    transforms: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in _OPS:
@@ -157,6 +162,17 @@ def _declines_7bit(work: Workload, feats: Features) -> str | None:
     return None
 
 
+def _declines_winograd(lanes: int) -> Accepts:
+    """Return the reasons for no of F(2x2, 3x3) in vectors of that many sums."""
+
+    def declines(work: Workload, feats: Features) -> str | None:
+        # What the direct sum would be made by: products of a vector operation's lane, operations.
+        exact = _declines_7bit(work, feats) is not None
+        return declines_winograd(work, lanes, *((2, 2) if exact else (4, 3)))
+
+    return declines
+
+
 def _declines_folded(work: Workload, _feats: Features) -> str | None:
     return None if work.weight_zero_point == 0 else _weights_not_int8(work)
 
@@ -233,6 +249,29 @@ _DOT_ROWS: tuple[tuple[str, str, str, Accepts], ...] = (
     ("avx2", "avx2", "dot_1x8x2_s16s16s32_avx2", _always),
 )
 
+# Instruction set -> lanes. None with vpdpbusd: it makes four products where vpmaddwd makes two, and
+# of 36 : 16 nothing is left behind the transforms.
+_WINOGRAD = {"avx512_bw": 16, "avx2": 8}
+
+
+def _dot_rows(stem: str, op: str) -> list[Strategy]:
+    """Return the rows of the broadcast dot products, each set's F(2x2, 3x3) before its direct sums.
+    """
+    rows: list[Strategy] = []
+    for suffix, isa, name, declines in _DOT_ROWS:
+        tiles = f"{stem}_winograd_{isa}"
+        if op == "conv2d" and isa in _WINOGRAD and all(row.name != tiles for row in rows):
+            lanes = _WINOGRAD[isa]
+            product = f"dot_1x{lanes}x2_s16s16s32_{isa}"
+            rows.append(
+                Strategy(
+                    tiles, op, isa, product, _declines_winograd(lanes), build_winograd(product),
+                    transforms=True,
+                )
+            )
+        rows.append(Strategy(f"{stem}_{suffix}", op, isa, name, declines, build_dot(name)))
+    return rows
+
 
 def _rows(op: str) -> tuple[Strategy, ...]:
     """Return the dense rows of conv2d or matmul: they share algorithms, and so the order."""
@@ -247,10 +286,7 @@ def _rows(op: str) -> tuple[Strategy, ...]:
         ),
         Strategy(f"{stem}_float32", f"{op}_float32", "generic", "fma", _always, build_vector),
         Strategy(f"{stem}_amx_int8", op, "amx_int8", "dot_amx_int8", _declines_folded, build_amx),
-        *(
-            Strategy(f"{stem}_{suffix}", op, isa, name, declines, build_dot(name))
-            for suffix, isa, name, declines in _DOT_ROWS
-        ),
+        *_dot_rows(stem, op),
         *(
             Strategy(f"{stem}_{suffix}", op, isa, what, declines, build_arm(isa, how))
             for suffix, isa, how, what, declines in _ARM_ROWS
@@ -292,7 +328,9 @@ def _of_this_arch(row: Strategy, feats: Features) -> bool:
     return row.isa == GENERIC or any(isa.name == row.isa for isa in ISAS.get(feats.arch, X86_ISAS))
 
 
-def _decide(op: str, work: Workload, target: Any, layout: str = "NCHWc") -> Decision:
+def _decide(
+    op: str, work: Workload, target: Any, layout: str = "NCHWc", plain: bool = False
+) -> Decision:
     op += "_nhwc" if layout == "NHWC" else ""
     op += "_float32" if work.is_float else ""
     feats = target if isinstance(target, Features) else features(target)
@@ -301,6 +339,8 @@ def _decide(op: str, work: Workload, target: Any, layout: str = "NCHWc") -> Deci
         if row.op != op or not _of_this_arch(row, feats):
             continue
         reason = row.accepts(work, feats)
+        if reason is None and plain and row.transforms:
+            reason = "the weight is to lie in a layout of OIHW"
         if reason is None:
             return Decision(work, row, feats, tuple(declined), layout)
         declined.append((row.name, reason))
@@ -310,7 +350,9 @@ def _decide(op: str, work: Workload, target: Any, layout: str = "NCHWc") -> Deci
 LAYOUTS = ("NCHWc", "NHWC")
 
 
-def conv2d(work: Conv2dWorkload, target: Any, layout: str = "NCHWc") -> Decision:
+def conv2d(
+    work: Conv2dWorkload, target: Any, layout: str = "NCHWc", plain: bool = False
+) -> Decision:
     """Return the decision for a convolution on a Target (or its `Features`).
 
     Parameters
@@ -319,6 +361,9 @@ def conv2d(work: Conv2dWorkload, target: Any, layout: str = "NCHWc") -> Decision
     target : Target or Features
     layout : str
         "NCHWc", or "NHWC" for tensors that stay as they are.
+    plain : bool
+        Whether the packed weight must be the weight in a layout of OIHW, as Relay's packed
+        operators want it.
 
     Raises
     ------
@@ -329,7 +374,8 @@ def conv2d(work: Conv2dWorkload, target: Any, layout: str = "NCHWc") -> Decision
         raise ValueError(f"layout is {layout!r}; allowed: {', '.join(LAYOUTS)}")
     if layout == "NHWC" and (reason := declines_nhwc(work)):
         raise ValueError(f"layout is 'NHWC'; allowed for this convolution: NCHWc: {reason}")
-    return _decide("depthwise" if work.is_depthwise else "conv2d", work, target, layout)
+    op = "depthwise" if work.is_depthwise else "conv2d"
+    return _decide(op, work, target, layout, plain)
 
 
 def declines_nhwc(work: Conv2dWorkload) -> str | None:

@@ -20,8 +20,9 @@ from topi_int8.workload import Conv2dWorkload
 
 ISAS = ("generic", "avx2", "avx_vnni", "avx512_bw", "avx512_vnni")
 each_isa = pytest.mark.parametrize("isa", ISAS)
-# Weights that the 7-bit rows accept.
+# Weights that the 7-bit rows accept, and what F(2x2, 3x3) declines: they come after it.
 SEVEN_BITS = {"weight_range": (-64, 64)}
+DILATED = {"dilation": (2, 2), "padding": (2, 2, 2, 2)}
 
 
 # ---- bit-exact on each ISA
@@ -62,7 +63,10 @@ def test_floats(name, isa):
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512_bw"])
-@pytest.mark.parametrize("name", ["ic3_oc65", "aligned", "stem_7x7", "prime_37", "groups_16"])
+@pytest.mark.parametrize(
+    "name",
+    ["ic65_oc129_1x1", "dilation_2_1", "stem_7x7", "prime_17_s2", "groups_16", "everything"],
+)
 def test_seven_bit_rows(name, isa):
     """The largest weights that are proven safe, against data at both ends of its range."""
     built = check(replace(SHAPES[name], **SEVEN_BITS), isa, extreme=True)
@@ -71,14 +75,15 @@ def test_seven_bit_rows(name, isa):
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512_bw"])
 def test_seven_bit_signed_data(isa):
-    built = check(replace(DTYPES["s8s8"], **SEVEN_BITS), isa, extreme=True)
+    built = check(replace(DTYPES["s8s8"], **DILATED, **SEVEN_BITS), isa, extreme=True)
     assert built.decision.strategy == f"conv2d_nchwc_{isa}_7bit"
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512_bw"])
 def test_full_range_weights_do_not_saturate(isa):
     """What TVM's own pre-VNNI kernels get wrong: vpmaddubsw at 255 * 127 * 2."""
-    built = check(replace(DTYPES["u8s8"], weight_range=(-128, 127)), isa, extreme=True)
+    work = replace(DTYPES["u8s8"], **DILATED, weight_range=(-128, 127))
+    built = check(work, isa, extreme=True)
     assert built.decision.strategy == f"conv2d_nchwc_{isa}"
 
 
@@ -98,7 +103,7 @@ def test_instructions(name, dot):
         "conv": CONV,
         "epilogue": EPILOGUE_BASES["conv"].with_epilogue(EPILOGUES["u8_residual_s8"]),
     }[name]
-    work = work if dot.exact else replace(work, **SEVEN_BITS)
+    work = work if dot.exact else replace(work, **DILATED, **SEVEN_BITS)
     built = build(work, dot.isa)
     assert built.decision.intrinsic == dot.name
     check_instructions(built, dot.isa, dot.mnemonic, "zmm" if dot.bits == 512 else "ymm")

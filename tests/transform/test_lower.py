@@ -298,10 +298,14 @@ def test_other_targets_never_ask() -> None:
 
 def test_decision_knows_the_range_of_constant_weights() -> None:
     x = relax.Var("x", relax.TensorType(*U8))
-    narrow = relax.const(np.full((16, 16, 3, 3), 64, "int8"))
-    wide = relax.const(np.full((16, 16, 3, 3), 65, "int8"))
-    unknown = relax.Var("w", relax.TensorType((16, 16, 3, 3), "int8"))
-    names = []
-    for w in (narrow, wide, unknown):
-        names.append(decide(op.conv2d(x, w), features(AVX2)).strategy)
-    assert names == ["conv2d_nchwc_avx2_7bit", "conv2d_nchwc_avx2", "conv2d_nchwc_avx2"]
+
+    def names(size: int) -> list[str]:
+        shape = (16, 16, size, size)
+        weights = [relax.const(np.full(shape, value, "int8")) for value in (64, 65)]
+        weights.append(relax.Var("w", relax.TensorType(shape, "int8")))
+        return [decide(op.conv2d(x, w), features(AVX2)).strategy for w in weights]
+
+    proven, plain = "conv2d_nchwc_avx2_7bit", "conv2d_nchwc_avx2"
+    assert names(1) == [proven, plain, plain]
+    # 7-bit weights make so small an image as fast by the direct sum.
+    assert names(3) == [proven, "conv2d_nchwc_winograd_avx2", plain]

@@ -79,8 +79,8 @@ class Request:
         if isinstance(self.work, MatmulWorkload):
             return matmul(self.work, feats)
         if self.layout == "NHWC" and not self.packed and declines_nhwc(self.work) is None:
-            return conv2d(self.work, feats, "NHWC")
-        return conv2d(self.work, feats)
+            return conv2d(self.work, feats, "NHWC", plain=True)
+        return conv2d(self.work, feats, plain=True)
 
     def kernel(self, decision: Decision) -> Kernel:
         """Return the kernel of a decision in this call's blocks."""

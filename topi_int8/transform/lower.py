@@ -20,6 +20,7 @@ from tvm.target import Target
 
 from .. import op, strategy
 from ..compute import elementwise, pack
+from ..compute.conv2d import PackedConv2d
 from ..compute.depthwise import PackedDepthwise
 from ..kernel import Blocks, Kernel, MatmulPacking
 from ..layout import Layout
@@ -122,53 +123,50 @@ class _Lowering(PyExprMutator):
         """Return the packed [weight, (bias), (scale)] of a call."""
         named, attrs = op.operands(call), op.attrs_of(call)
         weight, bias, scale = named["weight"], named["bias"], named["scale"]
-        if isinstance(weight, GenericConst) and (bias is None or isinstance(bias, GenericConst)):
-            raw = _oihw(weight.value.numpy(), attrs)
+        constant = isinstance(weight, GenericConst)
+        raw = _oihw(weight.value.numpy(), attrs) if constant else None
+        if constant:
             args = [relax.const(kernel.pack_weight(raw))]
-            if kernel.takes_bias:
-                values = None if bias is None else bias.value.numpy().reshape(-1)
-                args.append(relax.const(kernel.pack_bias(values, raw)))
         else:
-            args = self._pack_at_run_time(weight, bias, kernel, attrs)
+            args = [self._weight_at_run_time(weight, kernel, attrs)]
+        if kernel.takes_bias and constant and (bias is None or isinstance(bias, GenericConst)):
+            values = None if bias is None else bias.value.numpy().reshape(-1)
+            args.append(relax.const(kernel.pack_bias(values, raw)))
+        elif kernel.takes_bias:
+            args.append(self._bias_at_run_time(weight, bias, kernel, attrs))
         if scale is not None:
             if not isinstance(scale, GenericConst):
                 raise ValueError(f"scale of {call.op.name} is {scale}; allowed: a constant")
             args.append(relax.const(kernel.pack_scale(scale.value.numpy().reshape(-1))))
         return args
 
-    def _pack_at_run_time(self, weight: Any, bias: Any, kernel: Kernel, attrs: dict) -> list[Any]:
-        """Emit functions that pack a weight (and bias) known only at run time."""
+    def _weight_at_run_time(self, weight: Any, kernel: Kernel, attrs: dict) -> Any:
+        """Emit the function that packs a weight known only at run time."""
+        packing = kernel.packing
+        conv = packing.conv if isinstance(packing, MatmulPacking) else packing
+        depthwise = isinstance(packing, PackedDepthwise)
+        packer = pack.pack_depthwise_weight if depthwise else pack.pack_weight
+        return self.builder_.emit_te(
+            lambda w: packer(conv, _te_oihw(packing, w)),
+            self.builder_.normalize(_oihw_expr(weight, attrs)),
+            primfunc_name_hint="pack_weight",
+        )
+
+    def _bias_at_run_time(self, weight: Any, bias: Any, kernel: Kernel, attrs: dict) -> Any:
+        """Emit the function that packs a bias, or a weight's compensation, known only at run time.
+        """
         if bias is not None and str(bias.ty.dtype) not in ("int32", "float32"):
             raise ValueError(f"bias dtype is {bias.ty.dtype}; allowed: int32, float32")
-        weight = self.builder_.normalize(_oihw_expr(weight, attrs))
         packing = kernel.packing
-
-        is_depthwise = isinstance(packing, PackedDepthwise)
         conv = packing.conv if isinstance(packing, MatmulPacking) else packing
+        padded = conv if isinstance(conv, PackedConv2d) else conv.padded
 
-        def oihw(w: Any) -> Any:
-            if not isinstance(packing, MatmulPacking):
-                return w
-            work = packing.work
-            return pack.matmul_weight_as_oihw(
-                w, work.batch, work.n, work.k, conv.out_block,
-                work.transpose_b, work.weight_zero_point,
-            )  # fmt: skip
+        def bias_te(w: Any, *b: Any) -> Any:
+            return pack.pack_bias(padded, _te_oihw(packing, w), b[0] if b else None)
 
-        def weight_te(w: Any) -> Any:
-            packer = pack.pack_depthwise_weight if is_depthwise else pack.pack_weight
-            return packer(conv, oihw(w))
-
-        args = [self.builder_.emit_te(weight_te, weight, primfunc_name_hint="pack_weight")]
-        if kernel.takes_bias:
-
-            def bias_te(w: Any, *b: Any) -> Any:
-                padded = conv.padded if is_depthwise else conv
-                return pack.pack_bias(padded, oihw(w), b[0] if b else None)
-
-            operands = [weight] if bias is None else [weight, bias]
-            args.append(self.builder_.emit_te(bias_te, *operands, primfunc_name_hint="pack_bias"))
-        return args
+        operands = [self.builder_.normalize(_oihw_expr(weight, attrs))]
+        operands += [] if bias is None else [bias]
+        return self.builder_.emit_te(bias_te, *operands, primfunc_name_hint="pack_bias")
 
     def conv2d(self, call: relax.Call) -> Any:
         """Lower a packed convolution."""
@@ -268,6 +266,17 @@ class _Lowering(PyExprMutator):
             *call.args,
             primfunc_name_hint="layout_transform",
         )
+
+
+def _te_oihw(packing: Any, weight: Any) -> Any:
+    """Return a weight in TE as the packers take it."""
+    if not isinstance(packing, MatmulPacking):
+        return weight
+    work = packing.work
+    return pack.matmul_weight_as_oihw(
+        weight, work.batch, work.n, work.k, packing.conv.out_block, work.transpose_b,
+        work.weight_zero_point,
+    )  # fmt: skip
 
 
 def _refuse_packed(call: relax.Call) -> None:
