@@ -168,7 +168,23 @@ def alter_conv2d(attrs: Any, inputs: Any, types: Any, out_type: Any) -> Any | No
     NotOurs
     """
     req, _, weight, feats = _read(CONV2D, attrs, inputs, types, out_type)
+    as_given = req.kernel_layout
     req = call.packed_request(req)
+    transformed = None
+    if req.work.weight_dtype == "int8" and not req.work.is_depthwise:
+        transformed = call.transformed_request(req, feats)
+    if transformed is not None:
+        kernel = transformed.kernel(transformed.decide(feats))
+        oihw = weight.transpose([as_given.index(letter) for letter in "OIHW"])
+        # The layout is said to be what it was, so that Relay does not change it.
+        new = _attrs(attrs) | {
+            "channels": req.work.oc, "kernel_size": (3, 3), "out_dtype": "int32",
+            "kernel_layout": as_given, "data_layout": kernel.data_layout.name,
+            "out_layout": kernel.out_layout.name,
+        }  # fmt: skip
+        return relay.nn.contrib_conv2d_winograd_without_weight_transform(
+            inputs[0], relay.const(kernel.pack_weight(oihw)), 2, **new
+        )
     kernel = req.kernel(req.decide(feats))
     packing, work = kernel.packing, req.work
     if packing.folds_bias:

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 
 from ..compute.depthwise import PackedDepthwise
+from ..compute.winograd import PackedWinograd
 from ..kernel import Blocks, Kernel, MatmulPacking, Workload
 from ..strategy import PROVEN_7BIT, Decision, conv2d, declines_nhwc, matmul
 from ..target import Features
-from ..workload import INT8_DTYPES, Conv2dWorkload, MatmulWorkload
+from ..workload import DTYPE_RANGE, INT8_DTYPES, Conv2dWorkload, MatmulWorkload
 
 CONV2D = "nn.conv2d"
 CONV2D_PACKED = "nn.contrib_conv2d_NCHWc"
 DEPTHWISE_PACKED = "nn.contrib_depthwise_conv2d_NCHWc"
+# Its weight is transformed, and of any shape.
+CONV2D_TRANSFORMED = "nn.contrib_conv2d_winograd_without_weight_transform"
 DENSE, DENSE_PACKED, BATCH_MATMUL = "nn.dense", "nn.contrib_dense_pack", "nn.batch_matmul"
-PACKED_OPS = (CONV2D_PACKED, DEPTHWISE_PACKED, DENSE_PACKED)
+PACKED_OPS = (CONV2D_PACKED, CONV2D_TRANSFORMED, DEPTHWISE_PACKED, DENSE_PACKED)
+TRANSFORMED = "F(2x2, 3x3)"  # in the place of a layout
 
 _PACKED = re.compile(r"NCHW(\d+)c$")
 _NC = re.compile(r"NC(\d+)n(\d+)c$")
@@ -53,7 +57,8 @@ class Request:
     layout : str
         "NCHW", "NHWC", "NCHWc", or "" for matrices.
     kernel_layout : str
-        Of the weight: "OIHW", "HWIO", "HWOI" or a packed one; "" for matrices as they are.
+        Of the weight: "OIHW", "HWIO", "HWOI" or a packed one; `TRANSFORMED`; "" for matrices as
+        they are.
     blocks : Blocks or None
         Channel blocks, where the call has them.
     packed : bool
@@ -80,7 +85,7 @@ class Request:
             return matmul(self.work, feats)
         if self.layout == "NHWC" and not self.packed and declines_nhwc(self.work) is None:
             return conv2d(self.work, feats, "NHWC", plain=True)
-        return conv2d(self.work, feats, plain=True)
+        return conv2d(self.work, feats, plain=self.kernel_layout != TRANSFORMED)
 
     def kernel(self, decision: Decision) -> Kernel:
         """Return the kernel of a decision in this call's blocks."""
@@ -151,6 +156,8 @@ def kernel_layout(kernel: Kernel, proven: bool) -> str:
     layout of another name.
     """
     packing, mark = kernel.packing, "0" if proven else ""
+    if isinstance(packing, PackedWinograd):
+        return TRANSFORMED
     if isinstance(packing, PackedDepthwise):
         rows = f"{mark}4h" if packing.how == "dot" else ""
         return f"OIHW1i{'' if rows else mark}{packing.block}o{rows}"
@@ -229,6 +236,25 @@ def _read_packed(attrs: Any, data: Any, weight: Any, weight_range: Any) -> Reque
     return Request(work, "NCHWc", str(attrs.kernel_layout), blocks, packed=True)
 
 
+def _read_transformed(attrs: Any, data: Any, weight: Any, _weight_range: Any) -> Request:
+    blocks = Blocks(_block(str(attrs.data_layout)), _block(str(attrs.out_layout)))
+    n, cb, ih, iw, ci = shape_of(data)
+    _require(ci == blocks.data, f"data has blocks of {ci}, its layout of {blocks.data}")
+    work = _conv_work(
+        attrs, (n, cb * ci, ih, iw), int(attrs.channels), _ints(attrs.kernel_size),
+        int(attrs.groups), (str(data.dtype), "int8"), DTYPE_RANGE["int8"],
+    )  # fmt: skip
+    return Request(work, "NCHWc", TRANSFORMED, blocks, packed=True)
+
+
+def transformed_request(req: Request, feats: Features) -> Request | None:
+    """Return a packed convolution's request for F(2x2, 3x3), or None where the direct sum wins."""
+    blocks = Blocks(req.blocks.data, req.blocks.out)
+    work = replace(req.work, weight_dtype="int8", weight_range=DTYPE_RANGE["int8"])
+    made = replace(req, work=work, kernel_layout=TRANSFORMED, blocks=blocks)
+    return made if made.decide(feats).strategy_row.transforms else None
+
+
 def packed_request(req: Request) -> Request:
     """Return the request for a convolution's packed form, in the largest blocks that divide it.
 
@@ -283,6 +309,7 @@ def _read_batch_matmul(attrs: Any, data: Any, weight: Any, weight_range: Any) ->
 _READERS = {
     CONV2D: _read_conv2d,
     CONV2D_PACKED: _read_packed,
+    CONV2D_TRANSFORMED: _read_transformed,
     DEPTHWISE_PACKED: _read_packed,
     DENSE: _read_dense,
     DENSE_PACKED: _read_dense_packed,

@@ -154,9 +154,10 @@ def _known(work: Workload, weight: Any) -> Workload:
 def _row(name: str, anchor: _Anchor, choice: Choice, feats: Features, target: Any) -> Row:
     req, decision, call = choice.request, choice.decision, anchor.call
     # Strategies do not see a weight's values. The reasons of the others had better know them.
-    known = replace(req, work=_known(req.work, call.args[1])).decide(feats)
-    if known.strategy == decision.strategy:
-        decision = known
+    if not decision.strategy_row.transforms:
+        known = replace(req, work=_known(req.work, call.args[1])).decide(feats)
+        if known.strategy == decision.strategy:
+            decision = known
     unpacked = None if req.packed else _unpacked(anchor, target)
     layout = str(call.attrs.data_layout) if req.layout else "row-major"
     out_layout = (str(call.attrs.out_layout) if req.layout else "") or layout

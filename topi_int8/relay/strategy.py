@@ -184,6 +184,10 @@ SLOTS: tuple[_Slot, ...] = (
         arm_cpu.conv2d_NCHWc_strategy_arm_cpu,
     ),
     _Slot(
+        call.CONV2D_TRANSFORMED, generic.conv2d_winograd_without_weight_transform_strategy, "cpu",
+        x86.conv2d_winograd_without_weight_transform_strategy_cpu,
+    ),
+    _Slot(
         call.DEPTHWISE_PACKED, generic.depthwise_conv2d_NCHWc_strategy, "cpu",
         x86.depthwise_conv2d_NCHWc_strategy_cpu,
     ),

@@ -16,9 +16,10 @@ from tvm import te
 
 from intrinsics.compat import tir
 
-from ..compute import conv2d, depthwise, pack
+from ..compute import conv2d, depthwise, pack, winograd
 from ..compute.conv2d import PackedConv2d
 from ..compute.depthwise import PackedDepthwise
+from ..compute.winograd import PackedWinograd
 from ..kernel import Kernel, MatmulPacking
 from ..workload import MatmulWorkload
 from . import tir_plans
@@ -26,6 +27,10 @@ from .call import NotOurs, Request, kernel_layout
 from .tir_plans import Placed
 
 TAG = "topi_int8"  # of the stages that are ours, and not Relay's
+Packing = PackedConv2d | PackedDepthwise | PackedWinograd
+_ROOMS: dict[type, Any] = {
+    PackedConv2d: conv2d, PackedDepthwise: depthwise, PackedWinograd: winograd,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def lower(req: Request, kernel: Kernel, data: Any, weight: Any) -> Lowered:
         source = _source(req, conv, data)
         if packed is None:
             packed, bias = _packed_here(req, packing, conv, weight)
-        room = depthwise if isinstance(conv, PackedDepthwise) else conv2d
+        room = _ROOMS[type(conv)]
         key = tir_plans.key(req, kernel.plan)
         attrs, rolled = {tir_plans.ATTRIBUTE: key}, _rolled(kernel.plan)
         sums = room.accumulate(conv, source, packed, attrs, rolled)
@@ -111,7 +116,7 @@ def _rolled(plan: Any) -> str:
 # ---------------------------------------------------------------- operands
 
 
-def _source(req: Request, conv: PackedConv2d | PackedDepthwise, data: Any) -> Any:
+def _source(req: Request, conv: Packing, data: Any) -> Any:
     """Return the data as (n, in_blocks, ih, iw, in_block)."""
     w = conv.work
     if req.layout == "NCHWc":
@@ -119,7 +124,7 @@ def _source(req: Request, conv: PackedConv2d | PackedDepthwise, data: Any) -> An
     if not req.layout:  # (m, k) and (batch, m, k) are one-row images of m columns
         shape = (1, w.groups, 1, w.iw, conv.in_block)
         return View(data, shape, lambda n, c, y, x, i: (c, x, i) if req.batched else (x, i))
-    blocks = conv.padded if isinstance(conv, PackedDepthwise) else conv
+    blocks = conv if isinstance(conv, PackedConv2d) else conv.padded
     shape = (w.n, blocks.in_blocks, w.ih, w.iw, blocks.in_block)
     nhwc = req.layout == "NHWC"
     if nhwc and blocks.in_block == w.ic:
@@ -135,7 +140,7 @@ def _source(req: Request, conv: PackedConv2d | PackedDepthwise, data: Any) -> An
     return te.compute(shape, element, name="pack_data")
 
 
-def _prepacked(req: Request, conv: PackedConv2d | PackedDepthwise, weight: Any) -> Any:
+def _prepacked(req: Request, conv: Packing, weight: Any) -> Any:
     """Return a weight that lies as the kernel reads it, in the kernel's dimensions."""
     shape = tuple(int(extent) for extent in weight.shape)
     wanted = conv.weight_shape
@@ -155,7 +160,7 @@ def _prepacked(req: Request, conv: PackedConv2d | PackedDepthwise, weight: Any) 
 
 
 def _packed_here(
-    req: Request, packing: Any, conv: PackedConv2d | PackedDepthwise, weight: Any
+    req: Request, packing: Any, conv: Packing, weight: Any
 ) -> tuple[Any, Any]:
     """Return the weight packed at run time, and the zero point's compensation or None."""
     if isinstance(packing, MatmulPacking):
@@ -183,7 +188,7 @@ def _packed_here(
 
 
 def _output(
-    req: Request, conv: PackedConv2d | PackedDepthwise, sums: Any, bias: Any
+    req: Request, conv: Packing, sums: Any, bias: Any
 ) -> Lowered:
     """Return the call's output as a view of the sums."""
     w = conv.work

@@ -16,6 +16,7 @@ from ..schedule.blocks import BlockPlan
 from ..schedule.depthwise import DepthwisePlan
 from ..schedule.spatial_pack import SpatialPack
 from ..schedule.stages import divisors
+from ..schedule.winograd import WinogradPlan
 from . import te_intrin
 from .te_tiling import Tiling
 
@@ -67,6 +68,46 @@ def _spatial_pack(s: Any, plan: SpatialPack, acc: Any, _sums: Any, out: Tiling) 
     for axis in (oh, ow, ob, vector):
         s[acc].unroll(axis)
     return []
+
+
+def _winograd(s: Any, plan: WinogradPlan, acc: Any, _sums: Any, out: Tiling) -> list[Any]:
+    conv, tile = plan.conv, plan.tile
+    # 1. Tile the output: bands, blocks of channels, tiles of 2x2, vectors.
+    obo, obi = out.split("ob", tile.blocks)
+    band, rows = out.split("oh", 2 * plan.band)
+    ty, yy = out.stage.split(rows, 2)
+    tx, xx = out.split("ow", 2)
+    vec, lane = out.split("o", conv.lanes)
+    out.order(out.n, band, obo, obi, ty, tx, vec, yy, xx, lane)
+    out.unroll(yy, xx)
+    out.stage.vectorize(lane)
+    # 2. Threads share out bands, each of which transforms its own input, or bands and channels.
+    task = out.stage.fuse(out.n, band) if plan.banded else out.stage.fuse(out.n, band, obo)
+    out.stage.parallel(task)
+    s[acc].compute_at(out.stage, obo if plan.banded else task)
+    # 3. The input's transform.
+    (points,) = (tensor for tensor in acc.op.input_tensors if tensor.op.name == "transform")
+    n, a, b, cb, py, px, i = s[points].op.axis
+    s[points].reorder(n, cb, py, px, a, b, i)
+    if plan.banded:
+        s[points].compute_at(out.stage, task)
+    else:
+        s[points].parallel(s[points].fuse(n, cb, py))
+    for axis in (a, b):
+        s[points].unroll(axis)
+    s[points].vectorize(i)
+    # 4. The products of a block of channels; the register tile innermost.
+    n, ob, a, b, my, mx, o = s[acc].op.axis
+    cb, ik, kk = s[acc].op.reduce_axis
+    myo, myi = s[acc].split(my, tile.height)
+    mxo, mxi = s[acc].split(mx, tile.width)
+    vectors, lane = s[acc].split(o, conv.lanes)
+    avo, avi = s[acc].split(vectors, tile.vectors)
+    s[acc].reorder(n, a, b, avo, myo, mxo, cb, ik, myi, mxi, ob, avi, lane, kk)
+    s[acc].tensorize(lane, te_intrin.reducing(plan.intrinsic.register(), None, [("vk", 2)]))
+    for axis in (myi, mxi, ob, avi):
+        s[acc].unroll(axis)
+    return [points.op]
 
 
 def _blocks(s: Any, plan: BlockPlan, acc: Any, sums: Any, out: Tiling) -> list[Any]:
@@ -160,4 +201,5 @@ FAMILIES: dict[type, Family] = {
     SpatialPack: Family("global", False, _spatial_pack),
     BlockPlan: Family("local", True, _blocks),
     DepthwisePlan: Family("global", False, _depthwise),
+    WinogradPlan: Family("global", False, _winograd),
 }

@@ -47,7 +47,7 @@ def schedule(sch: Any) -> bool:
     copies = [name for name in _names(sch) if name not in (acc, stored, *([out] * fused))]
     placed.plan.apply(sch, _stages(sch, placed, acc, stored, out if fused else None))
     for name in copies:
-        if not name.startswith("gather"):  # computed where the sums are
+        if not name.startswith(("gather", "transform")):  # the plan's own
             _schedule_copy(sch, name)
     return True
 
