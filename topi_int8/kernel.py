@@ -296,13 +296,15 @@ def build_winograd(name: str) -> Build:
     def build(work: Conv2dWorkload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
         dot: DotIntrinsic = DOT_INTRINSICS[name]
         packing = PackedWinograd(work, blocks.data, blocks.out, dot.n)
-        band = winograd.choose_band(packing.tiles_h, packing.tiles_w)
+        rows = winograd.choose_rows(packing.tiles_h, packing.tiles_w)
         tile, tiles_w = spatial_pack.choose_tile(
-            band, packing.tiles_w, packing.padded.out_blocks, blocks.out // dot.n, dot.registers,
+            rows, packing.tiles_w, packing.padded.out_blocks, blocks.out // dot.n, dot.registers,
             dot.uops,
         )  # fmt: skip
         packing = replace(packing, tiles_w=tiles_w)
-        return _kernel(work, blocks, winograd.WinogradPlan(packing, band, tile, dot))
+        channels = packing.padded.in_blocks * blocks.data
+        columns = winograd.choose_columns(tiles_w, tile.width, rows, channels)
+        return _kernel(work, blocks, winograd.WinogradPlan(packing, rows, columns, tile, dot))
 
     return build
 

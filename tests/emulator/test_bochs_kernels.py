@@ -23,8 +23,9 @@ from . import build_runner
 from .bochs import problem, run
 
 ISAS = ("avx512_vnni", "avx512_bw")
-BITS_7 = {"weight_range": (-64, 64)}
+BITS_7, BITS_8 = {"weight_range": (-64, 64)}, {"weight_range": (-128, 127)}
 CONV = EPILOGUE_BASES["conv"]
+IMAGE_7 = SHAPES["image_7x7"].with_epilogue(EPILOGUES["u8_residual_u8"])
 
 # name -> (workload, whether its operands are extreme); 36 and 20 channels have tails.
 CASES: dict[str, tuple[kernels.Workload, bool]] = {
@@ -40,7 +41,9 @@ CASES: dict[str, tuple[kernels.Workload, bool]] = {
     "u8s8_extreme": (DTYPES["u8s8_zero_point_255"], True),
     "s8s8_extreme": (DTYPES["s8s8_zero_point"], True),
     "u8u8_zero_point": (DTYPES["u8u8_weight_zero_point"], True),
-    "seven_bits": (replace(SHAPES["ic17_oc33"], **BITS_7), True),
+    "seven_bits": (replace(SHAPES["prime_17_s2"], **BITS_7), True),
+    "tiles": (replace(SHAPES["ic17_oc33"], **BITS_8), True),
+    "tiles_u8": (replace(IMAGE_7, **BITS_8), False),
     "matmul_1": (MATMULS["vector_odd"], False),
     "matmul_13": (MATMULS["u8"], False),
     "matmul_s8s8": (MATMULS["s8s8"], True),
@@ -140,8 +143,8 @@ def test_avx512_kernels_in_bochs(tmp_path: Path) -> None:
     for name in dots:
         export_dot(tmp_path, name)
     assert {"conv2d_nchwc_avx512_vnni", "conv2d_nchwc_avx512_bw", "conv2d_nchwc_avx512_bw_7bit",
-            "matmul_avx512_vnni", "matmul_avx512_bw", "depthwise_nchwc",
-            "conv2d_nchwc_float32"} <= strategies  # fmt: skip
+            "conv2d_nchwc_winograd_avx512_bw", "matmul_avx512_vnni", "matmul_avx512_bw",
+            "depthwise_nchwc", "conv2d_nchwc_float32"} <= strategies  # fmt: skip
     files = {f"/data/{path.name}": path for path in tmp_path.iterdir()}
     result = run(build_runner(), ["/data"], files, model="corei7_icelake_u")
     print(f"{result.seconds:.0f} s in Bochs\n{result.output}")

@@ -24,7 +24,7 @@ from tests.kernels import (
 )
 from topi_int8.compute.winograd import PackedWinograd, applies, overflows
 from topi_int8.kernel import Blocks
-from topi_int8.schedule.winograd import choose_band
+from topi_int8.schedule.winograd import BAND_BYTES, choose_columns, choose_rows
 from topi_int8.workload import Conv2dWorkload
 
 ISAS = ("avx2", "avx512_bw")
@@ -49,6 +49,7 @@ MORE = {
     "one_band": conv(64, (7, 7), 64, (3, 3), padding=SAME),
     "columns_17_tiles": conv(20, (6, 34), 20, (3, 3), padding=SAME),
     "columns_37_tiles": conv(16, (3, 73), 16, (3, 3), padding=SAME),
+    "columns_in_bands": conv(64, (4, 448), 16, (3, 3), padding=SAME),
     "rows_odd": conv(20, (9, 12), 20, (3, 3), padding=SAME, n=3),
     "padding_2": conv(20, (8, 9), 20, (3, 3), padding=(2, 2, 2, 2)),
     "unpadded": conv(33, (12, 11), 17, (3, 3)),
@@ -155,9 +156,18 @@ def test_what_the_packing_refuses() -> None:
         PackedWinograd(ALIGNED, 16, 16, 8, tiles_w=6)
 
 
-def test_bands() -> None:
-    assert choose_band(28, 28) == 1 and choose_band(28, 14) == 1
-    assert choose_band(14, 7) == 2 and choose_band(7, 7) == 7 and choose_band(4, 4) == 4
+def test_rows_of_a_band() -> None:
+    assert choose_rows(28, 28) == 1 and choose_rows(28, 14) == 1
+    assert choose_rows(14, 7) == 2 and choose_rows(7, 7) == 7 and choose_rows(4, 4) == 4
+
+
+@pytest.mark.parametrize(
+    ("tiles_w", "width", "rows", "ic", "columns"),
+    [(28, 14, 1, 64, 28), (112, 14, 1, 64, 56), (960, 12, 1, 64, 96), (112, 14, 1, 512, 14)],
+)
+def test_columns_of_a_band(tiles_w: int, width: int, rows: int, ic: int, columns: int) -> None:
+    assert choose_columns(tiles_w, width, rows, ic) == columns
+    assert 16 * rows * columns * ic * 2 <= BAND_BYTES or columns == width
 
 
 def test_packed_weight_is_the_transform() -> None:

@@ -74,15 +74,17 @@ def _winograd(s: Any, plan: WinogradPlan, acc: Any, _sums: Any, out: Tiling) -> 
     conv, tile = plan.conv, plan.tile
     # 1. Tile the output: bands, blocks of channels, tiles of 2x2, vectors.
     obo, obi = out.split("ob", tile.blocks)
-    band, rows = out.split("oh", 2 * plan.band)
+    band_y, rows = out.split("oh", 2 * plan.rows)
     ty, yy = out.stage.split(rows, 2)
-    tx, xx = out.split("ow", 2)
+    band_x, columns = out.split("ow", 2 * plan.columns)
+    tx, xx = out.stage.split(columns, 2)
     vec, lane = out.split("o", conv.lanes)
-    out.order(out.n, band, obo, obi, ty, tx, vec, yy, xx, lane)
+    bands = (out.n, band_y, band_x)
+    out.order(*bands, obo, obi, ty, tx, vec, yy, xx, lane)
     out.unroll(yy, xx)
     out.stage.vectorize(lane)
     # 2. Threads share out bands, each of which transforms its own input, or bands and channels.
-    task = out.stage.fuse(out.n, band) if plan.banded else out.stage.fuse(out.n, band, obo)
+    task = out.stage.fuse(*bands) if plan.banded else out.stage.fuse(*bands, obo)
     out.stage.parallel(task)
     s[acc].compute_at(out.stage, obo if plan.banded else task)
     # 3. The input's transform.

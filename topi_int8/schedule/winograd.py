@@ -13,7 +13,7 @@ from typing import Any
 
 from intrinsics.x86_dot import DotIntrinsic
 
-from ..compute.winograd import PackedWinograd, winograd
+from ..compute.winograd import POINTS, PackedWinograd, winograd
 from ..workload import Conv2dWorkload
 from .spatial_pack import Tile
 from .stages import Stages, divisors, parallel_tasks, schedule_alone, zero_in_vectors
@@ -23,6 +23,8 @@ from .stages import Stages, divisors, parallel_tasks, schedule_alone, zero_in_ve
 ENOUGH_BANDS = 8
 # Tiles of a band: as many as use a weight often enough for it to stream from the third cache.
 ENOUGH_TILES = 14
+# Of a band's transformed input: a part of the second cache, of which no CPU served has less.
+BAND_BYTES = 192 * 1024
 
 
 def worthwhile(work: Conv2dWorkload, lanes: int, k: int, uops: int) -> str | None:
@@ -53,10 +55,26 @@ def worthwhile(work: Conv2dWorkload, lanes: int, k: int, uops: int) -> str | Non
     return f"the direct sum takes {direct} operations, tiles {ours:.0f}"
 
 
-def choose_band(tiles_h: int, tiles_w: int) -> int:
+def choose_rows(tiles_h: int, tiles_w: int) -> int:
     """Return the rows of tiles in a band."""
     enough = [rows for rows in divisors(tiles_h, tiles_h) if rows * tiles_w >= ENOUGH_TILES]
     return enough[0] if enough else tiles_h
+
+
+def choose_columns(tiles_w: int, width: int, rows: int, ic: int) -> int:
+    """Return the columns of tiles in a band: as many register tiles as fit the second cache.
+
+    Parameters
+    ----------
+    tiles_w, width : int
+        Tiles in a row, whole register tiles of this width.
+    rows : int
+        Of the band.
+    ic : int
+        Input channels, whole blocks.
+    """
+    fits = BAND_BYTES // (POINTS**2 * rows * ic * 2)
+    return max(d for d in divisors(tiles_w, tiles_w) if d % width == 0 and d <= max(fits, width))
 
 
 @dataclass(frozen=True)
@@ -67,8 +85,8 @@ class WinogradPlan:
     ----------
     conv : PackedWinograd
         `tiles_w` must be whole register tiles.
-    band : int
-        Rows of tiles in a band; divides `conv.tiles_h`.
+    rows, columns : int
+        Tiles in a band: divisors of `conv.tiles_h` and `conv.tiles_w`, whole register tiles.
     tile : Tile
         Its pixels are tiles of output here.
     intrinsic : DotIntrinsic
@@ -76,14 +94,17 @@ class WinogradPlan:
     """
 
     conv: PackedWinograd
-    band: int
+    rows: int
+    columns: int
     tile: Tile
     intrinsic: DotIntrinsic
 
     @property
     def banded(self) -> bool:
         """Whether each band transforms its own input."""
-        return self.conv.work.n * self.conv.tiles_h // self.band >= ENOUGH_BANDS
+        conv = self.conv
+        bands = (conv.tiles_h // self.rows) * (conv.tiles_w // self.columns)
+        return conv.work.n * bands >= ENOUGH_BANDS
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
@@ -103,15 +124,16 @@ def _apply(sch: Any, stages: Stages, plan: WinogradPlan) -> None:
 
     # 1. Tile the output: bands, blocks of channels, tiles of 2x2, vectors.
     n, ob, y, x, o = stages.loops
-    band, ty, yy = sch.split(y, [None, plan.band, 2])
-    tx, xx = sch.split(x, [None, 2])
+    band_y, ty, yy = sch.split(y, [None, plan.rows, 2])
+    band_x, tx, xx = sch.split(x, [None, plan.columns, 2])
     obo, obi = sch.split(ob, [None, tile.blocks])
     vec, lane = sch.split(o, [None, conv.lanes])
-    sch.reorder(n, band, obo, obi, ty, tx, vec, yy, xx, lane)
+    bands = [n, band_y, band_x]
+    sch.reorder(*bands, obo, obi, ty, tx, vec, yy, xx, lane)
 
     # 2. Threads share out bands, each of which transforms its own input; or, where there are few,
     # bands and channels, behind a pass that transforms all of it.
-    task = sch.fuse(n, band) if plan.banded else sch.fuse(n, band, obo)
+    task = sch.fuse(*bands) if plan.banded else sch.fuse(*bands, obo)
     sch.parallel(task)
     sch.compute_at(acc, obo if plan.banded else task, preserve_unit_loops=True)
     if plan.banded:
