@@ -207,7 +207,7 @@ def test_weights_that_are_inputs_are_packed_at_run_time() -> None:
     assert row.strategy == "conv2d_nchwc_avx2.topi_int8" and row.data_layout == "NCHW"
     assert dict(row.declined)[PACKED_EARLY] == "the weight is no constant: packed at run time"
     (bound,) = quiet(mod, params={"w": tvm.nd.array(integers(16, 16, 3, 3, high=50))})
-    assert bound.strategy == "conv2d_nchwc_avx2_7bit.topi_int8"
+    assert bound.strategy == "conv2d_nchwc_winograd_avx2.topi_int8"
     assert bound.data_layout == "NCHW16c" and PACKED_EARLY not in dict(bound.declined)
 
 
@@ -226,7 +226,7 @@ def test_relays_own_quantization() -> None:
         quantized = relay.quantize.quantize(mod)
     assert len(quiet(mod)) == 0
     (row,) = quiet(quantized)
-    assert row.work.data_dtype == "int8" and row.strategy.startswith("conv2d_nchwc_avx2")
+    assert row.work.data_dtype == "int8" and row.strategy == "conv2d_nchwc_winograd_avx2.topi_int8"
 
 
 # ---- what is not ours

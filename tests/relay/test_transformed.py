@@ -10,6 +10,7 @@ import tvm
 from tvm import relay
 
 import topi_int8
+from tests import reference
 from tests.grid import SAME, conv
 from tests.relay.calls import EXECUTORS, X86, Call, run
 from topi_int8.relay import ConvertLayout, call
@@ -85,6 +86,15 @@ def test_explain_names_it() -> None:
     (row,) = topi_int8.explain(made.module(made.operands()), AVX2, show=False).rows
     assert row.strategy == "conv2d_nchwc_winograd_avx2.topi_int8"
     assert row.work == replace(made.plain, weight_range=(-128, 127))
+
+
+@pytest.mark.parametrize(("most", "suffix"), [(127, "winograd_avx2"), (63, "avx2_7bit")])
+def test_seven_bits_may_make_the_direct_sum_faster(most: int, suffix: str) -> None:
+    work = conv(16, (6, 7), 16, (3, 3), padding=SAME, weight_range=(-most, most))
+    made = Call(work)
+    mod = made.module(reference.random_operands(work))
+    (row,) = topi_int8.explain(mod, AVX2, show=False).rows
+    assert row.strategy == f"conv2d_nchwc_{suffix}.topi_int8"
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx512_vnni"])
