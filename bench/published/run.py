@@ -131,6 +131,8 @@ def _schedules(bench: _Bench) -> Table:
             with bench.console.status("Cortex-A72, by llvm-mca"):
                 results, _ = seed_table.predict_all()
             predicted = {name: pair[1] for name, pair in seed_table.ratios(results).items()}
+            for note in sorted({result.note for result in results if result.note}):
+                bench.console.print(f"not predicted: {note}", markup=False)
         except (OSError, mca.McaError) as error:
             bench.console.print(f"the Cortex-A72 is not predicted: {error}", markup=False)
     return tables.schedules_table(timings, predicted)
