@@ -7,6 +7,7 @@ import pytest
 
 from bench import kernels, targets, workloads
 from bench.shape_lines import parse_line
+from topi_int8.target import isa_target
 
 LINES = (
     "ic17ih7iw9oc19kh3kw1ph1pw0sh2",
@@ -45,8 +46,9 @@ def test_check_finds_a_wrong_result(host):
         dataclasses.replace(kernel, operands=changed).check()
 
 
-def test_declined_strategies_have_reasons(host):
-    kernel = kernels.build(workloads.make(parse_line("ic16ih6oc16kh3ph1")), host)
+def test_declined_strategies_have_reasons():
+    """Of no instruction set, so that on every CPU there is something faster."""
+    kernel = kernels.build(workloads.make(parse_line("ic16ih6oc16kh3ph1")), isa_target("generic"))
     assert kernel.declined
     assert all(name and reason for name, reason in kernel.declined)
 
