@@ -133,11 +133,12 @@ def first_block(func: Any) -> Any:
     return body
 
 
-def call_statement(llvm_name: str) -> Any:
-    """Return a statement that calls an LLVM intrinsic without arguments."""
+def call_statement(llvm_name: str, *args: Any) -> Any:
+    """Return a statement that calls an LLVM intrinsic of no result."""
     ident = tvm.target.codegen.llvm_lookup_intrinsic_id(llvm_name)
-    signature = [] if IS_RELAX else [tir.const(0, "uint32")]
-    return tir.Evaluate(tir.call_llvm_intrin("void", tir.const(ident, "uint32"), *signature))
+    signature = [] if IS_RELAX else [tir.const(len(args), "uint32")]
+    operands = tir.const(ident, "uint32"), *signature, *args
+    return tir.Evaluate(tir.call_llvm_intrin("void", *operands))
 
 
 def extern_statement(name: str, *args: int) -> Any:
@@ -160,6 +161,36 @@ def replace_annotated_loops(func: Any, key: str, make: Any) -> Any:
         return make(stmt) if key in stmt.annotations else with_body(stmt, visit(stmt.body))
 
     return func.with_body(rewrite_root(func.body, lambda stmts: [visit(s) for s in stmts]))
+
+
+def parameter(func: Any, position: int) -> Any:
+    """Return the buffer of a PrimFunc's parameter."""
+    param = func.params[position]
+    return param if IS_RELAX else func.buffer_map[param]
+
+
+def replace_block(func: Any, name: str, make: Callable[[Any], Any]) -> Any:
+    """Return the function with the body of each block of that name replaced by ``make(block)``."""
+
+    def visit(stmt: Any) -> Any:
+        if isinstance(stmt, tir.SeqStmt):
+            return tir.SeqStmt([visit(inner) for inner in stmt])
+        if isinstance(stmt, tir.For):
+            return with_body(stmt, visit(stmt.body))
+        if not isinstance(stmt, _BlockRealize):
+            return stmt
+        block = stmt.block
+        body = make(block) if block.name_hint == name else visit(block.body)
+        return _BlockRealize(stmt.iter_values, stmt.predicate, _with_block_body(block, body))
+
+    return func.with_body(visit(func.body))
+
+
+def _with_block_body(block: Any, body: Any) -> Any:
+    return Block(
+        block.iter_vars, block.reads, block.writes, block.name_hint, body,
+        block.init, block.alloc_buffers, block.match_buffers, block.annotations,
+    )  # fmt: skip
 
 
 def with_body(loop: Any, body: Any, extent: Any = None) -> Any:
@@ -192,8 +223,4 @@ def rewrite_root(body: Any, rewrite: Any) -> Any:
     stmts = list(block.body) if isinstance(block.body, tir.SeqStmt) else [block.body]
     stmts = rewrite(stmts)
     inner = tir.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
-    rooted = Block(
-        block.iter_vars, block.reads, block.writes, block.name_hint, inner,
-        block.init, block.alloc_buffers, block.match_buffers, block.annotations,
-    )  # fmt: skip
-    return _BlockRealize(body.iter_values, body.predicate, rooted)
+    return _BlockRealize(body.iter_values, body.predicate, _with_block_body(block, inner))

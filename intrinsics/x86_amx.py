@@ -18,8 +18,10 @@ product).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from . import block_text, compat
+from .compat import tir
 
 _NAME = {"uint8": "u", "int8": "s"}
 TILES = 8
@@ -295,6 +297,28 @@ def func() -> None:
         {_llvm("ldtilecfg", "T.address_of(cfg[0])")}
 """
     return compat.first_block(compat.parse_prim_func(text))
+
+
+def start_from(block: AmxBlock, values: Any, at: tuple[Any, Any]) -> list[Any]:
+    """Return the statements that start the accumulators, instead of zero, from a value a channel.
+
+    A tile of one row repeated is loaded by rows that lie 0 bytes apart.
+
+    Parameters
+    ----------
+    block : AmxBlock
+    values : Buffer
+        (channel blocks, channels) int32.
+    at : tuple of PrimExpr
+        The accumulators' first channel block, and their first channel in it.
+    """
+    statements = []
+    for tile in range(block.c_tiles):
+        b, t = divmod(tile % block.n_tiles, block.oc_tiles)
+        first = tir.BufferLoad(values, [at[0] + b, at[1] + t * 16])
+        operands = tir.const(tile, "uint8"), tir.address_of(first), tir.const(0, "int64")
+        statements.append(compat.call_statement("llvm.x86.tileloadd64", *operands))
+    return statements
 
 
 def release() -> object:

@@ -326,7 +326,7 @@ def build_vector(work: Workload, blocks: Blocks, feats: Features, _ask: bool) ->
     )
 
 
-def build_amx(work: Workload, blocks: Blocks, _feats: Features, ask: bool) -> Kernel:
+def build_amx(work: Workload, blocks: Blocks, feats: Features, ask: bool) -> Kernel:
     """Build the convolution on AMX tiles; `ask`: it asks Linux for tile state when it starts."""
     conv_work, out_block = work, blocks.out
     if isinstance(work, MatmulWorkload):
@@ -343,7 +343,8 @@ def build_amx(work: Workload, blocks: Blocks, _feats: Features, ask: bool) -> Ke
     rows, ow_padded = x86_amx.choose_rows(packing.columns)
     packing = replace(packing, ow_padded=ow_padded)
     block = x86_amx.choose_block(packing, rows)
-    return _kernel(work, blocks, x86_amx.AmxPlan(packing, block, ask))
+    plan = x86_amx.AmxPlan(packing, block, ask, narrows=feats.has("avx512_bw"))
+    return _kernel(work, blocks, plan)
 
 
 def build_arm(isa: str, how: str) -> Build:

@@ -100,7 +100,8 @@ def test_instructions(name, mnemonic, isa):
     assembly = Assembly.of(built.library)
     # The epilogue works in the widest vectors.
     register = "zmm" if isa == "amx_int8" else "ymm"
-    assert assembly.matching(rf"^vmaxps .*%{register}")
+    assert assembly.matching(rf"^vminps .*%{register}")
+    assert bool(assembly.matching(r"^vpackuswb .*%zmm")) == (isa == "amx_int8")
     assert len(assembly.matching("syscall")) == 1
 
 
@@ -111,6 +112,12 @@ def test_permission_is_asked_for_when_wanted():
     assert '"syscall"' not in silent
     assert "tilezero" in str(decision.kernel().func.body)
     assert "tilezero" not in str(decide(CONV, "avx2").kernel().func.body)
+
+
+def test_tiles_start_from_the_bias():
+    found = Assembly.of(build(CONV.with_epilogue(EPILOGUES["u8"]), "amx_int8").library).mnemonics()
+    assert found["tilezero"] == 0 and found["tilestored"] == 4
+    assert found["tileloadd"] == found["tdpbusd"] + 4
 
 
 def test_four_products_need_four_loads():

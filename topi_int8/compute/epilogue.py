@@ -71,6 +71,11 @@ def apply(epilogue: Epilogue, acc: Any, bias: Any, scale: Any, residual: Any) ->
             return acc
         low, high = epilogue.bounds()
         return clip_value(acc, int(low), int(high), "int32")
+    return stored_value(epilogue, real_value(epilogue, acc, scale, residual))
+
+
+def real_value(epilogue: Epilogue, acc: Any, scale: Any, residual: Any) -> Any:
+    """Return the float32 value, in units of the output, of one sum with its bias."""
     value = f32(acc) if dtype_of(acc) != "float32" else acc
     if scale is not None:
         value = value * scale
@@ -84,6 +89,11 @@ def apply(epilogue: Epilogue, acc: Any, bias: Any, scale: Any, residual: Any) ->
                 residual, epilogue.residual_zero_point, epilogue.residual_scale
             )
         value = value + scaled
+    return value
+
+
+def stored_value(epilogue: Epilogue, value: Any) -> Any:
+    """Return what is stored of a float32 value: clipped, and rounded to an integer `out_dtype`."""
     low, high = epilogue.bounds()
     if epilogue.out_dtype == "float32":
         return clip_value(value, low, high, "float32")
@@ -123,10 +133,15 @@ class Operands:
 
     def apply(self, acc: Any, channel: tuple, element: tuple) -> Any:
         """Return the stored value of one accumulator, at these indices of the operands."""
-        return apply(
-            self.epilogue,
-            acc,
-            None if self.bias is None else self.bias[channel],
-            None if self.scale is None else self.scale[channel],
-            None if self.residual is None else self.residual[element],
-        )
+        at = self._at(channel, element)
+        return apply(self.epilogue, acc, *at)
+
+    def real(self, acc: Any, channel: tuple, element: tuple) -> Any:
+        """Return the float32 value of one accumulator with its bias, before it is clipped."""
+        bias, scale, residual = self._at(channel, element)
+        return real_value(self.epilogue, acc if bias is None else acc + bias, scale, residual)
+
+    def _at(self, channel: tuple, element: tuple) -> list[Any]:
+        """Return (bias, scale, residual) of an element; absent operands are None."""
+        operands = ((self.bias, channel), (self.scale, channel), (self.residual, element))
+        return [None if tensor is None else tensor[index] for tensor, index in operands]

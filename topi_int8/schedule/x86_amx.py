@@ -106,16 +106,39 @@ class AmxPlan:
     block : AmxBlock
     ask_permission : bool
         Whether the function asks the operating system for tile state before it starts.
+    narrows : bool
+        Whether 8-bit outputs are narrowed by AVX-512's intrinsic.
     """
 
     conv: PackedConv2d
     block: x86_amx.AmxBlock
     ask_permission: bool
+    narrows: bool = False
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
-        func = BlockPlan(self.conv, self.block, vector=16).schedule()
+        blocks = BlockPlan(
+            self.conv, self.block, vector=16, from_bias=True, narrows=self.narrows
+        )
+        func = blocks.schedule()
+        if self.conv.folds_bias:
+            func = _start_from_bias(func, self.block)
         return with_tile_state(func, self.block, int(self.conv.needs_pad), self.ask_permission)
+
+
+_BIAS = 2  # the parameter's place
+
+
+def _start_from_bias(func: Any, block: x86_amx.AmxBlock) -> Any:
+    """Return the function with the bias loaded into the accumulators where they were zeroed."""
+    bias = compat.parameter(func, _BIAS)
+
+    def start(init: Any) -> Any:
+        _, ob, _, _, o = (axis.min for axis in init.writes[0].region)
+        loads = x86_amx.start_from(block, bias, (ob, o))
+        return tir.SeqStmt(loads) if len(loads) > 1 else loads[0]
+
+    return compat.replace_block(func, "conv_init_o", start)
 
 
 def with_tile_state(
