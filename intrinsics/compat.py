@@ -147,20 +147,34 @@ def extern_statement(name: str, *args: int) -> Any:
     return tir.Evaluate(tir.call_extern("int64", name, *values))
 
 
+def _rewritten(stmt: Any, into_blocks: bool, make: Callable[[Any], Any]) -> Any:
+    """Return the statement with each one inside it for which ``make(stmt)`` is not None replaced.
+    """
+    made = make(stmt)
+    if made is not None:
+        return made
+    if isinstance(stmt, tir.SeqStmt):
+        return tir.SeqStmt([_rewritten(inner, into_blocks, make) for inner in stmt])
+    if isinstance(stmt, tir.For):
+        return with_body(stmt, _rewritten(stmt.body, into_blocks, make))
+    if into_blocks and isinstance(stmt, _BlockRealize):
+        return _with_block_body(stmt, _rewritten(stmt.block.body, into_blocks, make))
+    return stmt
+
+
 def replace_annotated_loops(func: Any, key: str, make: Any) -> Any:
     """Return the function with each loop that has this annotation replaced by ``make(loop)``.
 
     Loops inside blocks other than the root are not looked at.
     """
 
-    def visit(stmt: Any) -> Any:
-        if isinstance(stmt, tir.SeqStmt):
-            return tir.SeqStmt([visit(inner) for inner in stmt])
-        if not isinstance(stmt, tir.For):
-            return stmt
-        return make(stmt) if key in stmt.annotations else with_body(stmt, visit(stmt.body))
+    def replaced(stmt: Any) -> Any:
+        return make(stmt) if isinstance(stmt, tir.For) and key in stmt.annotations else None
 
-    return func.with_body(rewrite_root(func.body, lambda stmts: [visit(s) for s in stmts]))
+    def visit(stmts: list[Any]) -> list[Any]:
+        return [_rewritten(stmt, False, replaced) for stmt in stmts]
+
+    return func.with_body(rewrite_root(func.body, visit))
 
 
 def parameter(func: Any, position: int) -> Any:
@@ -170,27 +184,35 @@ def parameter(func: Any, position: int) -> Any:
 
 
 def replace_block(func: Any, name: str, make: Callable[[Any], Any]) -> Any:
-    """Return the function with the body of each block of that name replaced by ``make(block)``."""
+    """Return the function with the body of the block of that name replaced by ``make(block)``.
 
-    def visit(stmt: Any) -> Any:
-        if isinstance(stmt, tir.SeqStmt):
-            return tir.SeqStmt([visit(inner) for inner in stmt])
-        if isinstance(stmt, tir.For):
-            return with_body(stmt, visit(stmt.body))
-        if not isinstance(stmt, _BlockRealize):
-            return stmt
-        block = stmt.block
-        body = make(block) if block.name_hint == name else visit(block.body)
-        return _BlockRealize(stmt.iter_values, stmt.predicate, _with_block_body(block, body))
+    Raises
+    ------
+    ValueError
+        If there is no such block.
+    """
+    found = []
 
-    return func.with_body(visit(func.body))
+    def replaced(stmt: Any) -> Any:
+        if not isinstance(stmt, _BlockRealize) or stmt.block.name_hint != name:
+            return None
+        found.append(stmt)
+        return _with_block_body(stmt, make(stmt.block))
+
+    body = _rewritten(func.body, True, replaced)
+    if not found:
+        raise ValueError(f"name is {name!r}; allowed: a block of the function")
+    return func.with_body(body)
 
 
-def _with_block_body(block: Any, body: Any) -> Any:
-    return Block(
+def _with_block_body(realize: Any, body: Any) -> Any:
+    """Return the realized block with another body."""
+    block = realize.block
+    made = Block(
         block.iter_vars, block.reads, block.writes, block.name_hint, body,
         block.init, block.alloc_buffers, block.match_buffers, block.annotations,
     )  # fmt: skip
+    return _BlockRealize(realize.iter_values, realize.predicate, made)
 
 
 def with_body(loop: Any, body: Any, extent: Any = None) -> Any:
@@ -223,4 +245,4 @@ def rewrite_root(body: Any, rewrite: Any) -> Any:
     stmts = list(block.body) if isinstance(block.body, tir.SeqStmt) else [block.body]
     stmts = rewrite(stmts)
     inner = tir.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
-    return _BlockRealize(body.iter_values, body.predicate, _with_block_body(block, inner))
+    return _with_block_body(body, inner)

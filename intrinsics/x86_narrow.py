@@ -6,8 +6,8 @@ The meaning is the end of an epilogue, ``clip(rint(v) + zero_point, low, high)``
 `compute/epilogue.py` gives it. Vectors are clipped above in float, so that `vcvtps2dq` cannot
 overflow (below, it saturates to the least integer of all); then `vpackssdw`, `vpaddsw` of the zero
 point, and `vpackuswb` or `vpacksswb`, whose saturation is the type's own range, and one permutation
-that puts the 128-bit lanes back in order. Of four vectors that is 5 operations besides their own
-two, where LLVM's `vpmovdb` takes two a vector after four of clipping and rounding.
+that puts the 128-bit lanes back in order: two operations a vector and four to seven for four of
+them together, where LLVM clips and rounds by three or four a vector and takes two for `vpmovdb`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from . import block_text, compat
 
 LANES = 16
 _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
-_ROUND = 12582912.0  # 1.5 * 2**23: see compute/epilogue.py
-_ROUND_BITS = 0x4B400000
+# Adding 1.5 * 2**23 to a float32 rounds it to an integer, which is then in its low bits: the form
+# in which compute/epilogue.py rounds, and in which the desc must say it.
+ROUND = 12582912.0
+ROUND_BITS = 0x4B400000  # its bit pattern; the low byte is 0
 _NEAREST_MXCSR = 4  # vcvtps2dq in the current rounding mode: half to even
 
 
@@ -74,10 +76,10 @@ class Narrow:
         """Return the meaning: a PrimFunc of plain loops."""
         low, high = (f"T.float32({float(b - self.zero_point)})" for b in (self.low, self.high))
         bits = (
-            f'T.reinterpret("int32", T.min(T.max(V[vx, vo], {low}), {high}) + T.float32({_ROUND}))'
+            f'T.reinterpret("int32", T.min(T.max(V[vx, vo], {low}), {high}) + T.float32({ROUND}))'
         )
         if self.zero_point:
-            bits += f" + T.int32({self.zero_point - _ROUND_BITS})"
+            bits += f" + T.int32({self.zero_point - ROUND_BITS})"
         statement = f'O[vx, vo] = T.Cast("{self.dtype}", {bits})'
         return self._function(
             block_text.nest("narrow", {"x": self.pixels, "o": self.channels}, "", statement)
@@ -90,14 +92,12 @@ class Narrow:
             for x in range(self.pixels)
             for c in range(0, self.channels, LANES)
         ]
+        # A lone vector, and a lone pair, has itself for a partner.
         halves = [
             self._zero_pointed(
-                block_text.llvm_call(
-                    "x86.avx512.packssdw.512", "int16x32", vectors[i], vectors[min(i + 1, last)]
-                )
+                block_text.llvm_call("x86.avx512.packssdw.512", "int16x32", first, second)
             )
-            for last in [len(vectors) - 1]
-            for i in range(0, len(vectors), 2)
+            for first, second in zip(vectors[::2], vectors[1::2] or vectors, strict=True)
         ]
         pack = "packuswb" if self.dtype == "uint8" else "packsswb"
         packed = block_text.llvm_call(
@@ -108,7 +108,7 @@ class Narrow:
         lines = [f'packed: T.let = T.reinterpret("int32x16", {packed})']
         width = self.channels // 4  # 32-bit words of a pixel
         for x in range(self.pixels):
-            # Word i of vector t is in lane i, at t; a lone pair has itself for a partner.
+            # Word i of vector t is in lane i, at t.
             words = [4 * (w % 4) + w // 4 for w in range(x * width, (x + 1) * width)]
             row = f"T.Shuffle([packed], [{', '.join(f'T.int32({word})' for word in words)}])"
             lines.append(

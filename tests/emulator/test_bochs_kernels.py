@@ -15,8 +15,10 @@ import pytest
 import tvm
 
 from intrinsics.x86_dot import DOT_INTRINSICS
+from intrinsics.x86_narrow import Narrow
 from tests import kernels, reference
 from tests.grid import DEPTHWISE, DTYPES, EPILOGUE_BASES, EPILOGUES, FLOATS, MATMULS, SHAPES
+from tests.intrinsics import test_x86_narrow
 from topi_int8.target import isa_target
 
 from . import build_runner
@@ -127,6 +129,14 @@ def export_dot(folder: Path, name: str) -> None:
     save(folder, name, [x, w], want.astype("int32"), 0.0)
 
 
+def export_narrow(folder: Path, narrow: Narrow) -> None:
+    """Export the narrowing of values to 8 bits."""
+    name = narrow.name.removeprefix("topi_int8.")
+    test_x86_narrow.build(narrow).export_library(str(folder / f"{name}.so"))
+    values = test_x86_narrow.draw(narrow)
+    save(folder, name, [values], test_x86_narrow.wanted(narrow, values), 0.0)
+
+
 @pytest.mark.slow_emulator
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="g++ is not installed, it links kernels and the runner"
@@ -142,6 +152,8 @@ def test_avx512_kernels_in_bochs(tmp_path: Path) -> None:
     dots = [name for name, dot in DOT_INTRINSICS.items() if dot.isa.startswith("avx512")]
     for name in dots:
         export_dot(tmp_path, name)
+    for narrow in test_x86_narrow.GRID:
+        export_narrow(tmp_path, narrow)
     assert {"conv2d_nchwc_avx512_vnni", "conv2d_nchwc_avx512_bw", "conv2d_nchwc_avx512_bw_7bit",
             "conv2d_nchwc_winograd_avx512_bw", "matmul_avx512_vnni", "matmul_avx512_bw",
             "depthwise_nchwc", "conv2d_nchwc_float32"} <= strategies  # fmt: skip
@@ -149,7 +161,7 @@ def test_avx512_kernels_in_bochs(tmp_path: Path) -> None:
     result = run(build_runner(), ["/data"], files, model="corei7_icelake_u")
     print(f"{result.seconds:.0f} s in Bochs\n{result.output}")
     lines = [line for line in result.output.splitlines() if not line.startswith("running ")]
-    total = len(ISAS) * len(CASES) + len(dots)
+    total = len(ISAS) * len(CASES) + len(dots) + len(test_x86_narrow.GRID)
     assert [line for line in lines[:-1] if not line.startswith("PASS ")] == []
     assert lines[-1] == f"{total} passed, 0 failed"
     assert result.exit_code == 0

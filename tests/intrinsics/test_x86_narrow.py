@@ -62,27 +62,32 @@ def draw(narrow: Narrow) -> np.ndarray:
     shape = (ROWS, narrow.pixels, narrow.channels)
     values = (rng.integers(-700, 700, shape) * 0.5).astype("float32")
     far = np.float32([2.0**31, -(2.0**31), 3e9, -3e9, 1e30, -1e30, 40000, -40000, 254.5, 255.5])
-    values.reshape(-1)[:: 7] = rng.choice(far, values.size // 7 + 1)[: values.reshape(-1)[::7].size]
-    return values
+    return np.where(rng.random(shape) < 1 / 7, rng.choice(far, shape), values)
+
+
+def wanted(narrow: Narrow, values: np.ndarray) -> np.ndarray:
+    """Return what is stored of the values, computed another way."""
+    rounded = np.rint(values.astype("float64")) + narrow.zero_point
+    return np.clip(rounded, narrow.low, narrow.high).astype(narrow.dtype)
+
+
+def build(narrow: Narrow, tensorize: bool = True) -> Any:
+    module = tvm.IRModule({"main": narrowed(narrow, tensorize)})
+    return tvm.compile(module, target=isa_target(ISA))
 
 
 @pytest.mark.parametrize("narrow", GRID, ids=lambda narrow: narrow.name.split("narrow_")[1])
 def test_narrows_as_the_desc_says(narrow):
     require(ISA)
     values = draw(narrow)
-    low, high, zero_point = narrow.low, narrow.high, narrow.zero_point
-    expected = np.clip(np.rint(values.astype("float64")) + zero_point, low, high)
     for tensorize in (False, True):
-        module = tvm.IRModule({"main": narrowed(narrow, tensorize)})
-        library = tvm.compile(module, target=isa_target(ISA))
-        got = call(library, [values], np.empty(values.shape, narrow.dtype))
-        np.testing.assert_array_equal(got, expected.astype(narrow.dtype))
+        got = call(build(narrow, tensorize), [values], np.empty(values.shape, narrow.dtype))
+        np.testing.assert_array_equal(got, wanted(narrow, values))
 
 
 def test_packs_four_vectors_together():
     narrow = Narrow(1, 64, "uint8", 3, 3, 255)
-    module = tvm.IRModule({"main": narrowed(narrow, True)})
-    found = Assembly.of(tvm.compile(module, target=isa_target(ISA))).mnemonics()
+    found = Assembly.of(build(narrow)).mnemonics()
     assert found["vcvtps2dq"] == 2 * found["vpackssdw"] == 4 * found["vpackuswb"] > 0
     assert found["vpmovdb"] == 0 and found["vpaddsw"] == found["vpackssdw"]
 

@@ -101,6 +101,8 @@ def test_instructions(name, mnemonic, isa):
     # The epilogue works in the widest vectors.
     register = "zmm" if isa == "amx_int8" else "ymm"
     assert assembly.matching(rf"^vminps .*%{register}")
+    if isa == "amx_int8_avx2":  # where AVX-512 packs, saturation is the lower bound
+        assert assembly.matching(rf"^vmaxps .*%{register}")
     assert bool(assembly.matching(r"^vpackuswb .*%zmm")) == (isa == "amx_int8")
     assert len(assembly.matching("syscall")) == 1
 

@@ -15,11 +15,9 @@ from typing import Any
 from tvm import te
 
 from intrinsics.compat import dtype_of, tir
+from intrinsics.x86_narrow import ROUND, ROUND_BITS
 
 from ..workload import Epilogue
-
-_MAGIC = 12582912.0  # 1.5 * 2**23
-_MAGIC_BITS = 0x4B400000  # its bit pattern; the low byte is 0
 
 
 def f32(value: Any) -> Any:
@@ -36,9 +34,9 @@ def quantize_value(value: Any, zero_point: int, low: float, high: float, dtype: 
     """
     value = tir.max(value, f32(float(low - zero_point)))
     value = tir.min(value, f32(float(high - zero_point)))
-    bits = tir.reinterpret("int32", value + f32(_MAGIC))
+    bits = tir.reinterpret("int32", value + f32(ROUND))
     if zero_point:
-        bits = bits + tir.const(zero_point - _MAGIC_BITS, "int32")
+        bits = bits + tir.const(zero_point - ROUND_BITS, "int32")
     return bits.astype(dtype)
 
 
@@ -133,8 +131,7 @@ class Operands:
 
     def apply(self, acc: Any, channel: tuple, element: tuple) -> Any:
         """Return the stored value of one accumulator, at these indices of the operands."""
-        at = self._at(channel, element)
-        return apply(self.epilogue, acc, *at)
+        return apply(self.epilogue, acc, *self._at(channel, element))
 
     def real(self, acc: Any, channel: tuple, element: tuple) -> Any:
         """Return the float32 value of one accumulator with its bias, before it is clipped."""

@@ -69,12 +69,10 @@ class BlockPlan:
         epi = self.conv.work.epilogue
         if not self.narrows or epi.out_dtype not in INT8_DTYPES:
             return None
-        channels = max(divisors(self.block.channels // LANES, 4)) * LANES
-        pixels = max(divisors(self.block.columns, 64 // channels))
-        if channels == 3 * LANES or pixels * channels == 3 * LANES:
-            channels, pixels = LANES, 1
+        vectors = math.gcd(self.block.channels // LANES, 4)
+        pixels = math.gcd(self.block.columns, 4 // vectors)
         low, high = (int(bound) for bound in epi.bounds())
-        return Narrow(pixels, channels, epi.out_dtype, epi.out_zero_point, low, high)
+        return Narrow(pixels, vectors * LANES, epi.out_dtype, epi.out_zero_point, low, high)
 
     @property
     def loops(self) -> dict[str, int]:
@@ -118,11 +116,17 @@ def _apply(sch: Any, stages: Stages, plan: BlockPlan) -> None:
 
     # 2. Threads share out batch, channels and rows.
     parallel_tasks(sch, [n, obo, oo], oho)
+
+    # 3. The epilogue reads the sums in vectors.
     narrow = plan.narrow
     if narrow is not None:
         _narrow(sch, stages, narrow, (obi, ohi, owi, oi))
+    else:
+        oiv, oil = sch.split(oi, [None, max(divisors(block.channels, plan.vector))])
+        sch.vectorize(oil)
+        sch.unroll(oiv)
 
-    # 3. Accumulators live in registers over the reduction and are stored to a small buffer once.
+    # 4. Accumulators live in registers over the reduction and are stored to a small buffer once.
     if conv.partial:
         sch.compute_at(stored, owo, preserve_unit_loops=True)
         sch.compute_at(acc, owo, preserve_unit_loops=True)
@@ -139,18 +143,11 @@ def _apply(sch: Any, stages: Stages, plan: BlockPlan) -> None:
         if name == plan.short_loop:
             keep_rolled(sch, loop)
 
-    # 4. Zero, multiply-accumulate, store.
+    # 5. Zero, multiply-accumulate, store.
     init = sch.decompose_reduction(acc, outer[0])
     sch.tensorize(iterating(sch, sch.get_loops(init)[1 - spatial :]), zero)
     sch.tensorize(iterating(sch, [*inner, ik, kk]), dot)
     sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
-
-    # 5. The epilogue reads that buffer in vectors.
-    if narrow is not None:
-        return
-    oiv, oil = sch.split(oi, [None, max(divisors(block.channels, plan.vector))])
-    sch.vectorize(oil)
-    sch.unroll(oiv)
 
 
 def _narrow(sch: Any, stages: Stages, narrow: Narrow, loops: tuple[Any, ...]) -> None:
