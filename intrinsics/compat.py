@@ -25,7 +25,7 @@ try:
     from tvm.script import tirx as T
 
     Schedule, TensorIntrin = _s_tir.Schedule, _s_tir.TensorIntrin
-    Block, _BlockRealize = _s_tir.SBlock, _s_tir.SBlockRealize
+    Block, BlockRealize = _s_tir.SBlock, _s_tir.SBlockRealize
     Call, BufferLoad, ScheduleError = tvm.ir.Call, tvm.ir.TensorLoad, _s_tir.ScheduleError
     detect_linear_equation = tvm.sym.detect_linear_equation
     IS_RELAX = True
@@ -34,7 +34,7 @@ except ImportError:  # TVM <= 0.19
     from tvm.script import tir as T
 
     Schedule, TensorIntrin = tir.Schedule, tir.TensorIntrin
-    Block, _BlockRealize = tir.Block, tir.BlockRealize
+    Block, BlockRealize = tir.Block, tir.BlockRealize
     Call, BufferLoad, ScheduleError = tir.Call, tir.BufferLoad, tir.ScheduleError
     detect_linear_equation = tvm.arith.detect_linear_equation
     IS_RELAX = False
@@ -147,18 +147,16 @@ def extern_statement(name: str, *args: int) -> Any:
     return tir.Evaluate(tir.call_extern("int64", name, *values))
 
 
-def _rewritten(stmt: Any, into_blocks: bool, make: Callable[[Any], Any]) -> Any:
+def _rewritten(stmt: Any, make: Callable[[Any], Any]) -> Any:
     """Return the statement with each one inside it for which ``make(stmt)`` is not None replaced.
     """
     made = make(stmt)
     if made is not None:
         return made
     if isinstance(stmt, tir.SeqStmt):
-        return tir.SeqStmt([_rewritten(inner, into_blocks, make) for inner in stmt])
+        return tir.SeqStmt([_rewritten(inner, make) for inner in stmt])
     if isinstance(stmt, tir.For):
-        return with_body(stmt, _rewritten(stmt.body, into_blocks, make))
-    if into_blocks and isinstance(stmt, _BlockRealize):
-        return _with_block_body(stmt, _rewritten(stmt.block.body, into_blocks, make))
+        return with_body(stmt, _rewritten(stmt.body, make))
     return stmt
 
 
@@ -172,37 +170,9 @@ def replace_annotated_loops(func: Any, key: str, make: Any) -> Any:
         return make(stmt) if isinstance(stmt, tir.For) and key in stmt.annotations else None
 
     def visit(stmts: list[Any]) -> list[Any]:
-        return [_rewritten(stmt, False, replaced) for stmt in stmts]
+        return [_rewritten(stmt, replaced) for stmt in stmts]
 
     return func.with_body(rewrite_root(func.body, visit))
-
-
-def parameter(func: Any, position: int) -> Any:
-    """Return the buffer of a PrimFunc's parameter."""
-    param = func.params[position]
-    return param if IS_RELAX else func.buffer_map[param]
-
-
-def replace_block(func: Any, name: str, make: Callable[[Any], Any]) -> Any:
-    """Return the function with the body of the block of that name replaced by ``make(block)``.
-
-    Raises
-    ------
-    ValueError
-        If there is no such block.
-    """
-    found = []
-
-    def replaced(stmt: Any) -> Any:
-        if not isinstance(stmt, _BlockRealize) or stmt.block.name_hint != name:
-            return None
-        found.append(stmt)
-        return _with_block_body(stmt, make(stmt.block))
-
-    body = _rewritten(func.body, True, replaced)
-    if not found:
-        raise ValueError(f"name is {name!r}; allowed: a block of the function")
-    return func.with_body(body)
 
 
 def _with_block_body(realize: Any, body: Any) -> Any:
@@ -212,7 +182,7 @@ def _with_block_body(realize: Any, body: Any) -> Any:
         block.iter_vars, block.reads, block.writes, block.name_hint, body,
         block.init, block.alloc_buffers, block.match_buffers, block.annotations,
     )  # fmt: skip
-    return _BlockRealize(realize.iter_values, realize.predicate, made)
+    return BlockRealize(realize.iter_values, realize.predicate, made)
 
 
 def with_body(loop: Any, body: Any, extent: Any = None) -> Any:

@@ -214,39 +214,59 @@ class AmxBlock:
             block_text.function(buffers, reads, s["RC"], self._dot_body()),
         )
 
-    def _dot_body(self) -> list[str]:
+    def step(self) -> list[tuple[Any, ...]]:
+        """Return a step's instructions in order.
+
+        ("a", m, tile) and ("b", n, tile) load a tile of data or of weights, ("dot", m, n) adds the
+        product of two loaded ones.
+        """
         a_tiles, b_tiles, weights_stay = self._operand_tiles()
+        outer, inner = (
+            (self.m_tiles, self.n_tiles) if weights_stay else (self.n_tiles, self.m_tiles)
+        )
+        rotates, stays = ("a", "b") if weights_stay else ("b", "a")
+        tiles = {"a": a_tiles, "b": b_tiles}
+        found: list[tuple[Any, ...]] = []
+        for i in range(outer):
+            found.append((rotates, i, tiles[rotates][i % len(tiles[rotates])]))
+            for j in range(inner):
+                if i == 0:
+                    found.append((stays, j, tiles[stays][j]))
+                found.append(("dot", i, j) if weights_stay else ("dot", j, i))
+        return found
+
+    def _product_tiles(self, m: int, n: int) -> tuple[int, int, int]:
+        """Return the tiles of a product: sums, data, weights."""
+        a_tiles, b_tiles, _ = self._operand_tiles()
+        return self._c(m, n), a_tiles[m % len(a_tiles)], b_tiles[n % len(b_tiles)]
+
+    def product(self, m: int, n: int) -> Any:
+        """Return the statement that adds the product of data tile m and weight tile n."""
+        name = f"llvm.x86.tdpb{_NAME[self.a]}{_NAME[self.b]}d"
+        return compat.call_statement(
+            name, *(tir.const(tile, "uint8") for tile in self._product_tiles(m, n))
+        )
+
+    def _dot_body(self) -> list[str]:
         product = f"tdpb{_NAME[self.a]}{_NAME[self.b]}d"
 
-        def load_a(m: int) -> str:
+        def load_a(m: int, tile: int) -> str:
             h, w = divmod(m, self.tiles_w)
             # Elements from pixel to pixel.
             pixel = f"{self.stride_w}" if self.window else f"{self.stride_w} * sx"
             first = f"{h * self.stride_h}, {w * self.rows * self.stride_w}"
             address = f"T.address_of(A[{first}{'' if self.window else ', 0'}])"
-            tile = a_tiles[m % len(a_tiles)]
             return _llvm("tileloadd64", f"T.uint8({tile})", address, f'T.Cast("int64", {pixel})')
 
-        def load_b(n: int) -> str:
-            tile = b_tiles[n % len(b_tiles)]
+        def load_b(n: int, tile: int) -> str:
             address = f"T.address_of(B[{n}, 0, 0, 0, 0, 0, 0])"
             return _llvm("tileloadd64", f"T.uint8({tile})", address, "T.int64(64)")
 
         def multiply(m: int, n: int) -> str:
-            tiles = (self._c(m, n), a_tiles[m % len(a_tiles)], b_tiles[n % len(b_tiles)])
-            return _llvm(product, *(f"T.uint8({t})" for t in tiles))
+            return _llvm(product, *(f"T.uint8({tile})" for tile in self._product_tiles(m, n)))
 
-        body: list[str] = []
-        outer, inner = (
-            (self.m_tiles, self.n_tiles) if weights_stay else (self.n_tiles, self.m_tiles)
-        )
-        for i in range(outer):
-            body.append(load_a(i) if weights_stay else load_b(i))
-            for j in range(inner):
-                if i == 0:
-                    body.append(load_b(j) if weights_stay else load_a(j))
-                body.append(multiply(i, j) if weights_stay else multiply(j, i))
-        return body
+        emit = {"a": load_a, "b": load_b, "dot": multiply}
+        return [emit[what](*operands) for what, *operands in self.step()]
 
     def store(self) -> tuple[object, object]:
         """Return (desc, impl) of ``O = C``: tiles written to an int32 buffer."""
@@ -299,26 +319,32 @@ def func() -> None:
     return compat.first_block(compat.parse_prim_func(text))
 
 
-def start_from(block: AmxBlock, values: Any, at: tuple[Any, Any]) -> list[Any]:
-    """Return the statements that start the accumulators, instead of zero, from a value a channel.
+def tile_zero(tile: int) -> Any:
+    """Return the statement that clears a tile."""
+    return compat.call_statement("llvm.x86.tilezero", tir.const(tile, "uint8"))
 
-    A tile of one row repeated is loaded by rows that lie 0 bytes apart.
+
+def tile_load(tile: int, first: Any, stride: int, stream: bool = False) -> Any:
+    """Return the statement that loads a tile.
 
     Parameters
     ----------
-    block : AmxBlock
-    values : Buffer
-        (channel blocks, channels) int32.
-    at : tuple of PrimExpr
-        The accumulators' first channel block, and their first channel in it.
+    first : BufferLoad
+        Its first element.
+    stride : int
+        Bytes from row to row; 0 repeats one row.
+    stream : bool
+        Whether the lines are to leave the first-level cache soon.
     """
-    statements = []
-    for tile in range(block.c_tiles):
-        b, t = divmod(tile % block.n_tiles, block.oc_tiles)
-        first = tir.BufferLoad(values, [at[0] + b, at[1] + t * 16])
-        operands = tir.const(tile, "uint8"), tir.address_of(first), tir.const(0, "int64")
-        statements.append(compat.call_statement("llvm.x86.tileloadd64", *operands))
-    return statements
+    name = "llvm.x86.tileloaddt164" if stream else "llvm.x86.tileloadd64"
+    operands = tir.const(tile, "uint8"), tir.address_of(first), tir.const(stride, "int64")
+    return compat.call_statement(name, *operands)
+
+
+def tile_store(tile: int, first: Any, stride: int) -> Any:
+    """Return the statement that stores a tile, `stride` bytes from row to row."""
+    operands = tir.const(tile, "uint8"), tir.address_of(first), tir.const(stride, "int64")
+    return compat.call_statement("llvm.x86.tilestored64", *operands)
 
 
 def release() -> object:

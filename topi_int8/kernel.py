@@ -338,12 +338,8 @@ def build_amx(work: Workload, blocks: Blocks, feats: Features, ask: bool) -> Ker
     packing = PackedConv2d(
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
         widened=widened, window=window, out_store=blocks.stored,
-        flat=not (window or blocks.plain) and x86_amx.wants_flat(conv_work),
     )  # fmt: skip
-    rows, ow_padded = x86_amx.choose_rows(packing.columns)
-    packing = replace(packing, ow_padded=ow_padded)
-    block = x86_amx.choose_block(packing, rows)
-    plan = x86_amx.AmxPlan(packing, block, ask, narrows=feats.has("avx512_bw"))
+    plan = x86_amx.AmxPlan(x86_amx.choose_pipeline(packing, narrows=feats.has("avx512_bw")), ask)
     return _kernel(work, blocks, plan)
 
 

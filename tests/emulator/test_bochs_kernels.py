@@ -15,7 +15,6 @@ import pytest
 import tvm
 
 from intrinsics.x86_dot import DOT_INTRINSICS
-from intrinsics.x86_narrow import Narrow
 from tests import kernels, reference
 from tests.grid import DEPTHWISE, DTYPES, EPILOGUE_BASES, EPILOGUES, FLOATS, MATMULS, SHAPES
 from tests.intrinsics import test_x86_narrow
@@ -129,12 +128,11 @@ def export_dot(folder: Path, name: str) -> None:
     save(folder, name, [x, w], want.astype("int32"), 0.0)
 
 
-def export_narrow(folder: Path, narrow: Narrow) -> None:
+def export_narrow(folder: Path, case: test_x86_narrow.Case) -> None:
     """Export the narrowing of values to 8 bits."""
-    name = narrow.name.removeprefix("topi_int8.")
-    test_x86_narrow.build(narrow).export_library(str(folder / f"{name}.so"))
-    values = test_x86_narrow.draw(narrow)
-    save(folder, name, [values], test_x86_narrow.wanted(narrow, values), 0.0)
+    test_x86_narrow.build(case).export_library(str(folder / f"{case.name}.so"))
+    values = test_x86_narrow.draw(case)
+    save(folder, case.name, [values], test_x86_narrow.wanted(case, values), 0.0)
 
 
 @pytest.mark.slow_emulator
@@ -152,8 +150,8 @@ def test_avx512_kernels_in_bochs(tmp_path: Path) -> None:
     dots = [name for name, dot in DOT_INTRINSICS.items() if dot.isa.startswith("avx512")]
     for name in dots:
         export_dot(tmp_path, name)
-    for narrow in test_x86_narrow.GRID:
-        export_narrow(tmp_path, narrow)
+    for case in test_x86_narrow.GRID:
+        export_narrow(tmp_path, case)
     assert {"conv2d_nchwc_avx512_vnni", "conv2d_nchwc_avx512_bw", "conv2d_nchwc_avx512_bw_7bit",
             "conv2d_nchwc_winograd_avx512_bw", "matmul_avx512_vnni", "matmul_avx512_bw",
             "depthwise_nchwc", "conv2d_nchwc_float32"} <= strategies  # fmt: skip

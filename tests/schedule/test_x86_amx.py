@@ -7,18 +7,20 @@ On a CPU without AMX the tiles are emulated, and the rest of the kernel is AVX2.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import tvm
 from hypothesis import given
 from hypothesis import strategies as st
 
+from intrinsics.compat import tir
 from intrinsics.x86_amx import TILES
 from tests.emulator import counts, native_features, reset
 from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
 from tests.kernels import Assembly, build, check, check_instructions, decide
 from topi_int8 import kernel
 from topi_int8.kernel import Blocks
-from topi_int8.schedule.x86_amx import choose_block, choose_rows, choose_step
 from topi_int8.target import features, isa_target, runs_here
 from topi_int8.workload import Conv2dWorkload
 
@@ -100,9 +102,9 @@ def test_instructions(name, mnemonic, isa):
     assembly = Assembly.of(built.library)
     # The epilogue works in the widest vectors.
     register = "zmm" if isa == "amx_int8" else "ymm"
-    assert assembly.matching(rf"^vminps .*%{register}")
-    if isa == "amx_int8_avx2":  # where AVX-512 packs, saturation is the lower bound
-        assert assembly.matching(rf"^vmaxps .*%{register}")
+    assert assembly.matching(rf"^vmaxps .*%{register}")
+    if isa == "amx_int8_avx2":  # where AVX-512 packs, saturation is the upper bound
+        assert assembly.matching(rf"^vminps .*%{register}")
     assert bool(assembly.matching(r"^vpackuswb .*%zmm")) == (isa == "amx_int8")
     assert len(assembly.matching("syscall")) == 1
 
@@ -131,30 +133,12 @@ def test_four_products_need_four_loads():
     assert found["ldtilecfg"] == found["tilerelease"] == 1
 
 
-# ---- choosing rows, steps and blocks
+# ---- choosing blocks and tasks
 
 
-@given(st.integers(1, 400))
-def test_rows_cover_the_row(columns):
-    rows, padded = choose_rows(columns)
-    assert 1 <= rows <= 16
-    assert padded % rows == 0 and columns <= padded < columns + rows
-
-
-@pytest.mark.parametrize(
-    ("columns", "rows"), [(7, 7), (14, 14), (28, 14), (56, 14), (112, 16), (49, 13), (1, 1)]
-)
-def test_rows_of_resnet(columns, rows):
-    """Known from measurements: 49 pixels are four tiles of 13 rather than of 16."""
-    assert choose_rows(columns)[0] == rows
-
-
-@given(st.integers(1, 128))
-def test_step_divides_the_channels(quarter):
-    channels = 4 * quarter
-    step = choose_step(channels)
-    assert channels % step == 0 and step % 4 == 0 and 4 <= step <= 64
-    assert step == min(channels, 64) or channels % 64
+def number(expression: Any) -> int:
+    """Return the value of an expression of constants."""
+    return int(tvm.sym.Analyzer().simplify(expression))
 
 
 @st.composite
@@ -170,15 +154,25 @@ def convolutions(draw) -> Conv2dWorkload:
 def test_block_fits_the_registers_and_divides_the_shape(work):
     feats = features(isa_target("amx_int8"))
     plan = kernel.build_amx(work, kernel.default_blocks(work, feats), feats, True).plan
-    packing, block = plan.conv, plan.block
-    rows, padded = choose_rows(packing.columns)
-    assert packing.ow_padded == padded and block == choose_block(packing, rows)
+    packing, pipeline, block = plan.conv, plan.pipeline, plan.pipeline.block
     assert block.c_tiles + min(block.m_tiles, block.n_tiles) + 1 <= TILES
-    assert padded % (block.tiles_w * block.rows) == 0
-    assert packing.rows % block.rows_h == 0
-    assert packing.out_block % (block.oc_tiles * 16) == 0
-    assert packing.out_blocks % block.oc_blocks == 0
-    assert packing.step_block % block.k == 0
-    sh, sw = work.strides
-    assert block.window == packing.window
-    assert (block.stride_h, block.stride_w) == (sh, sw * packing.in_block if block.window else sw)
+    assert packing.out_block % (block.n_tiles * 16) == 0
+    assert packing.step_block % pipeline.step == 0
+    bands = pipeline.pixels
+    assert bands.bands * bands.height >= work.oh
+    # Every output pixel lies in a tile, and no tile leaves its band.
+    seen = set()
+    for band in range(bands.bands):
+        first = min(band * bands.height, work.oh - bands.height)
+        for tile in range(bands.blocks * bands.m_tiles):
+            row, column = (number(at) for at in bands.first(tir.const(tile, "int32")))
+            for offset in range(bands.rows):
+                at = column + offset
+                y, x = divmod(at, bands.width)
+                assert first + row + y < work.oh and at < bands.pixels
+                if x < work.ow:
+                    first_pixel = (tir.const(start, "int32") for start in (row, column))
+                    pixel = number(bands.pixel(*first_pixel, offset))
+                    assert pixel == (row + y) * work.ow + x
+                    seen.add(first * work.ow + pixel)
+    assert seen == set(range(work.oh * work.ow))

@@ -24,7 +24,7 @@ blocks then line up and the inner loops never gather.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +35,7 @@ from intrinsics.compat import dtype_of, tir, unknown_to_llvm
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
-from .epilogue import Operands, stored_value
+from .epilogue import Operands
 
 
 def window_taps(kw: int, block: int, k: int) -> int:
@@ -389,17 +389,8 @@ def accumulate(
     )
 
 
-def conv2d(conv: PackedConv2d, from_bias: bool = False, staged: bool = False) -> list[Any]:
-    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution.
-
-    Parameters
-    ----------
-    conv : PackedConv2d
-    from_bias : bool
-        Whether the bias is left to the schedule, which has the sums start from it.
-    staged : bool
-        Whether the float32 values that "out" rounds and clips are a stage of their own, "value".
-    """
+def conv2d(conv: PackedConv2d) -> list[Any]:
+    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution."""
     w, epi = conv.work, conv.work.epilogue
     acc_dtype = "float32" if w.is_float else "int32"
     data = te.placeholder((w.n, conv.in_blocks, w.ih, w.iw, conv.in_block), w.data_dtype, "data")
@@ -408,8 +399,6 @@ def conv2d(conv: PackedConv2d, from_bias: bool = False, staged: bool = False) ->
     channel_shape = (conv.out_blocks, conv.out_block)
     operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channel_shape, out_shape)
     acc = accumulate(conv, data, weight)
-    added = replace(operands, bias=None) if from_bias else operands
-    finish = added.real if staged else added.apply
 
     def store(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
         # In a padded column the residual is read at the last real one: the value is cropped away.
@@ -420,12 +409,9 @@ def conv2d(conv: PackedConv2d, from_bias: bool = False, staged: bool = False) ->
         if conv.flat or conv.ow_padded != w.ow:
             rx = tir.min(rx, w.ow - 1)
         ro = o if conv.out_store == conv.out_block else tir.min(o, conv.out_store - 1)
-        return finish(acc[n, ob, y, x, o], (ob, o), (n, ob, ry, rx, ro))
+        return operands.apply(acc[n, ob, y, x, o], (ob, o), (n, ob, ry, rx, ro))
 
-    out = te.compute(acc.shape, store, name="value" if staged else "out")
-    if staged:
-        value = out
-        out = te.compute(acc.shape, lambda *at: stored_value(epi, value[at]), name="out")
+    out = te.compute(acc.shape, store, name="out")
     if conv.crops:
         stored = out
 

@@ -20,11 +20,17 @@ from intrinsics.x86_narrow import ROUND, ROUND_BITS
 from ..workload import Epilogue
 
 
+def cast(value: Any, dtype: str) -> Any:
+    """Return an expression cast to `dtype`; a vector stays one."""
+    _, lanes, count = dtype_of(value).partition("x")
+    return value.astype(dtype + lanes + count)
+
+
 def f32(value: Any) -> Any:
     """Return a float32 constant, or an expression cast to float32."""
-    return (
-        tir.const(value, "float32") if isinstance(value, int | float) else value.astype("float32")
-    )
+    if isinstance(value, int | float):
+        return tir.const(value, "float32")
+    return cast(value, "float32")
 
 
 def quantize_value(value: Any, zero_point: int, low: float, high: float, dtype: str) -> Any:
@@ -34,15 +40,16 @@ def quantize_value(value: Any, zero_point: int, low: float, high: float, dtype: 
     """
     value = tir.max(value, f32(float(low - zero_point)))
     value = tir.min(value, f32(float(high - zero_point)))
-    bits = tir.reinterpret("int32", value + f32(ROUND))
+    value = value + f32(ROUND)
+    bits = tir.reinterpret(dtype_of(value).replace("float32", "int32"), value)
     if zero_point:
         bits = bits + tir.const(zero_point - ROUND_BITS, "int32")
-    return bits.astype(dtype)
+    return cast(bits, dtype)
 
 
 def dequantize_value(value: Any, zero_point: int, scale: float) -> Any:
     """Return ``(value - zero_point) * scale`` in float32 for an 8-bit expression."""
-    shifted = value.astype("int32")
+    shifted = cast(value, "int32")
     if zero_point:
         shifted = shifted - tir.const(zero_point, "int32")
     return f32(shifted) * f32(float(scale))
@@ -74,11 +81,11 @@ def apply(epilogue: Epilogue, acc: Any, bias: Any, scale: Any, residual: Any) ->
 
 def real_value(epilogue: Epilogue, acc: Any, scale: Any, residual: Any) -> Any:
     """Return the float32 value, in units of the output, of one sum with its bias."""
-    value = f32(acc) if dtype_of(acc) != "float32" else acc
+    value = acc if dtype_of(acc).startswith("float32") else f32(acc)
     if scale is not None:
         value = value * scale
     if residual is not None:
-        if dtype_of(residual) == "float32":
+        if dtype_of(residual).startswith("float32"):
             scaled = residual
             if epilogue.residual_scale != 1.0:
                 scaled = scaled * f32(epilogue.residual_scale)
@@ -132,11 +139,6 @@ class Operands:
     def apply(self, acc: Any, channel: tuple, element: tuple) -> Any:
         """Return the stored value of one accumulator, at these indices of the operands."""
         return apply(self.epilogue, acc, *self._at(channel, element))
-
-    def real(self, acc: Any, channel: tuple, element: tuple) -> Any:
-        """Return the float32 value of one accumulator with its bias, before it is clipped."""
-        bias, scale, residual = self._at(channel, element)
-        return real_value(self.epilogue, acc if bias is None else acc + bias, scale, residual)
 
     def _at(self, channel: tuple, element: tuple) -> list[Any]:
         """Return (bias, scale, residual) of an element; absent operands are None."""

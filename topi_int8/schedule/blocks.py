@@ -8,10 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from intrinsics.x86_narrow import LANES, Narrow
-
 from ..compute.conv2d import PackedConv2d, conv2d
-from ..workload import INT8_DTYPES
 from .stages import Stages, divisors, keep_rolled, parallel_tasks, schedule_alone
 
 
@@ -50,29 +47,12 @@ class BlockPlan:
     rolled : str
         Which short loops of the reduction stay loops: "" none, "whole" a reduction that is short as
         a whole, "all" the innermost in any case.
-    from_bias : bool
-        Whether the bias is left to the caller, who has the sums start from it.
-    narrows : bool
-        Whether 8-bit outputs are narrowed by AVX-512's intrinsic.
     """
 
     conv: PackedConv2d
     block: Block
     vector: int
     rolled: str = ""
-    from_bias: bool = False
-    narrows: bool = False
-
-    @property
-    def narrow(self) -> Narrow | None:
-        """The intrinsic that ends the epilogue of up to four vectors, or None."""
-        epi = self.conv.work.epilogue
-        if not self.narrows or epi.out_dtype not in INT8_DTYPES:
-            return None
-        vectors = math.gcd(self.block.channels // LANES, 4)
-        pixels = math.gcd(self.block.columns, 4 // vectors)
-        low, high = (int(bound) for bound in epi.bounds())
-        return Narrow(pixels, vectors * LANES, epi.out_dtype, epi.out_zero_point, low, high)
 
     @property
     def loops(self) -> dict[str, int]:
@@ -93,8 +73,7 @@ class BlockPlan:
 
     def schedule(self) -> Any:
         """Return the scheduled PrimFunc."""
-        staged = self.narrow is not None
-        return schedule_alone(self, conv2d(self.conv, self.from_bias, staged))
+        return schedule_alone(self, conv2d(self.conv))
 
     def apply(self, sch: Any, stages: Stages) -> None:
         """Schedule the sums and the output."""
@@ -118,13 +97,9 @@ def _apply(sch: Any, stages: Stages, plan: BlockPlan) -> None:
     parallel_tasks(sch, [n, obo, oo], oho)
 
     # 3. The epilogue reads the sums in vectors.
-    narrow = plan.narrow
-    if narrow is not None:
-        _narrow(sch, stages, narrow, (obi, ohi, owi, oi))
-    else:
-        oiv, oil = sch.split(oi, [None, max(divisors(block.channels, plan.vector))])
-        sch.vectorize(oil)
-        sch.unroll(oiv)
+    oiv, oil = sch.split(oi, [None, max(divisors(block.channels, plan.vector))])
+    sch.vectorize(oil)
+    sch.unroll(oiv)
 
     # 4. Accumulators live in registers over the reduction and are stored to a small buffer once.
     if conv.partial:
@@ -148,23 +123,6 @@ def _apply(sch: Any, stages: Stages, plan: BlockPlan) -> None:
     sch.tensorize(iterating(sch, sch.get_loops(init)[1 - spatial :]), zero)
     sch.tensorize(iterating(sch, [*inner, ik, kk]), dot)
     sch.tensorize(iterating(sch, sch.get_loops(stored)[-4:]), store)
-
-
-def _narrow(sch: Any, stages: Stages, narrow: Narrow, loops: tuple[Any, ...]) -> None:
-    """Compute the values of a few vectors at a time, and narrow them together."""
-    obi, ohi, owi, oi = loops
-    (value,) = sch.get_producers(stages.out)
-    owo, owi = sch.split(owi, [None, narrow.pixels])
-    oo, oi = sch.split(oi, [None, narrow.channels])
-    sch.reorder(obi, ohi, owo, oo, owi, oi)
-    sch.compute_at(value, oo, preserve_unit_loops=True)
-    sch.set_scope(value, 0, "local")
-    *_, pixel, channel = sch.get_loops(value)
-    vector, lanes = sch.split(channel, [None, LANES])
-    sch.unroll(pixel)
-    sch.unroll(vector)
-    sch.vectorize(lanes)
-    sch.tensorize(iterating(sch, [owi, oi]), narrow.register())
 
 
 def iterating(sch: Any, loops: list[Any]) -> Any:

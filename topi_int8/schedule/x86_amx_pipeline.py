@@ -1,0 +1,535 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""Convolution on AMX as a software pipeline: a block's products beside the last one's outputs.
+
+A block is up to 2x2, 1x4 or 4x1 tiles of sums: `m_tiles` of `rows` pixels each by `n_tiles` of 16
+channels. Its sums start from the bias, are stored to one of two small buffers, and become outputs
+while the next block's products run: between two tile instructions stand a few vector ones, so that
+neither unit waits for the other, although the window of out-of-order execution is shorter than a
+block.
+
+Pixels. With stride 1 the (padded) image is one row of virtual pixels: output (y, x) is number
+``y * width + x``, a tap is a constant offset, and tiles start anywhere. The columns between two
+rows mix them: what they store is overwritten by the next row's own first pixels, which come later.
+With other strides a tile is pixels of one output row. The last tile of a band ends with it and
+repeats some pixels of the tile before, so that no tail is ever short.
+
+Sources. Measured on Granite Rapids (bench/README.md, "What bounds AMX"): a product takes 16 cycles,
+but 20 with its share of loads; `tilestored` occupies the decoder for 22; for some 60 cycles after
+any tile instruction the second 512-bit unit takes neither conversions nor multiplies, and still
+takes additions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tvm import te
+
+from intrinsics import compat, x86_amx
+from intrinsics.compat import tir
+from intrinsics.x86_narrow import LANES, WORDS, narrowed
+
+from ..compute.conv2d import PackedConv2d, pad_stage
+from ..compute.epilogue import Operands, clip_value, real_value, stored_value
+from ..workload import INT8_DTYPES
+from .stages import copy_stage, divisors
+
+# Steps that one pass of the loop over the reduction has at most: its code is unrolled.
+UNROLLED = 80
+# Steps of a reduction from which a block's sums take the place of the last one's.
+IN_PLACE = 3
+
+
+def _i32(value: int) -> Any:
+    return tir.const(value, "int32")
+
+
+def _seq(stmts: list[Any]) -> Any:
+    return stmts[0] if len(stmts) == 1 else tir.SeqStmt(stmts)
+
+
+def _for(var: Any, start: int, extent: int, body: list[Any], parallel: bool = False) -> Any:
+    kind = tir.ForKind.PARALLEL if parallel else tir.ForKind.SERIAL
+    return tir.For(var, _i32(start), _i32(extent), kind, _seq(body))
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How a task's pixels become tiles.
+
+    Parameters
+    ----------
+    conv : PackedConv2d
+    m_tiles : int
+        Tiles of pixels in a block.
+    bands : int
+        Bands of output rows, of equal height; the last ones may overlap.
+    """
+
+    conv: PackedConv2d
+    m_tiles: int
+    bands: int
+
+    @property
+    def height(self) -> int:
+        """Output rows of a band."""
+        return -(-self.conv.work.oh // self.bands)
+
+    @property
+    def virtual(self) -> bool:
+        """Whether tiles run over the ends of rows.
+
+        What lies between two rows must not reach beyond the second.
+        """
+        conv = self.conv
+        fits = conv.padded_width <= 2 * conv.work.ow
+        return conv.work.strides == (1, 1) and not conv.window and fits
+
+    @property
+    def width(self) -> int:
+        """Pixels from one output row to the next, as tiles count them."""
+        return self.conv.padded_width if self.virtual else self.conv.work.ow
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a band, those between its rows included."""
+        return (self.height - 1) * self.width + self.conv.work.ow
+
+    @property
+    def _run(self) -> int:
+        """Pixels that a tile may cover in one piece."""
+        return self.pixels if self.virtual else self.conv.work.ow
+
+    @property
+    def rows(self) -> int:
+        """Pixels of a tile: of as many tiles as there must be, the shortest."""
+        tiles = -(-self._run // 16)
+        if self.virtual:
+            tiles = -(-tiles // self.m_tiles) * self.m_tiles
+        return -(-self._run // tiles)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a band."""
+        a_run = -(-self._run // self.rows)
+        return a_run if self.virtual else a_run * self.height
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a band."""
+        return -(-self.tiles // self.m_tiles)
+
+    def first(self, tile: Any) -> tuple[Any, Any]:
+        """Return (row, column) of a tile's first pixel, in the band."""
+        last = self._run - self.rows
+        if self.virtual:
+            return _i32(0), tir.min(tile * self.rows, _i32(last))
+        a_row = -(-self._run // self.rows)
+        y = tir.min(tir.floordiv(tile, a_row), _i32(self.height - 1))
+        return y, tir.min(tir.floormod(tile, a_row) * self.rows, _i32(last))
+
+    def pixel(self, row: Any, column: Any, offset: int) -> Any:
+        """Return the output pixel, counted in the image's own width, of one of a tile's."""
+        ow = self.conv.work.ow
+        at = column + offset
+        if self.virtual and self.width != ow and self.height > 1:
+            return at - tir.floordiv(at, _i32(self.width)) * (self.width - ow)
+        return row * ow + at
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A packed convolution in blocks of tiles.
+
+    Parameters
+    ----------
+    conv : PackedConv2d
+        `lanes` is 16 and `k` is 4: that is how a B tile lies in memory.
+    m_tiles, n_tiles : int
+        Tiles of a block.
+    bands : int
+        Bands of output rows that are tasks of their own.
+    stream : str
+        "a" or "b": the operand that is loaded past the first-level cache, data or weights, to leave
+        that to the other; "": neither.
+    narrows : bool
+        Whether 8-bit outputs are narrowed by AVX-512's instructions.
+    """
+
+    conv: PackedConv2d
+    m_tiles: int
+    n_tiles: int
+    bands: int = 1
+    stream: str = ""
+    narrows: bool = False
+
+    # ------------------------------------------------------------ shapes
+
+    @cached_property
+    def pixels(self) -> Bands:
+        """How the pixels of a task become tiles."""
+        return Bands(self.conv, self.m_tiles, self.bands)
+
+    @property
+    def step(self) -> int:
+        """Input channels of a step."""
+        return max(d for d in range(4, 65, 4) if self.conv.step_block % d == 0)
+
+    @cached_property
+    def block(self) -> x86_amx.AmxBlock:
+        """The tile registers."""
+        conv = self.conv
+        return x86_amx.AmxBlock(
+            conv.data_dtype, conv.weight_dtype, self.pixels.rows,
+            tiles_w=self.m_tiles, oc_tiles=self.n_tiles, k=self.step,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """The loops of the reduction, outermost first."""
+        conv = self.conv
+        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
+        return dict((("kh", conv.work.kh), *taps, ("ik", conv.step_block // self.step)))
+
+    @property
+    def unrolled(self) -> int:
+        """Steps of one pass of the loop over the reduction."""
+        count = 1
+        for extent in reversed(self.steps.values()):
+            if count * extent > UNROLLED:
+                return count * max(divisors(extent, UNROLLED // count))
+            count *= extent
+        return count
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a block's sums take the place of the last one's, which has just been read.
+
+        Half the lines in the cache; but a short reduction leaves no time for all that must be read
+        before the first store.
+        """
+        return math.prod(self.steps.values()) >= IN_PLACE
+
+    @property
+    def groups(self) -> int:
+        """Groups of output channels that a block takes."""
+        return self.conv.out_blocks * self.groups_a_block
+
+    @property
+    def groups_a_block(self) -> int:
+        """Groups of output channels in a block of the output's layout."""
+        return self.conv.out_block // (16 * self.n_tiles)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is stored (n, blocks, rows, columns, channels)."""
+        conv = self.conv
+        return (conv.work.n, conv.out_blocks, conv.work.oh, conv.work.ow, conv.out_block)
+
+    # ------------------------------------------------------------ the function
+
+    def schedule(self, ask_permission: bool) -> Any:
+        """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
+        conv, work, epi = self.conv, self.conv.work, self.conv.work.epilogue
+        shape = (work.n, conv.in_blocks, work.ih, work.iw, conv.in_block)
+        data = te.placeholder(shape, work.data_dtype, "data")
+        weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
+        stored = (*self.shape[:-1], conv.out_store)
+        channels = (conv.out_blocks, conv.out_block)
+        operands = Operands.declare(epi, conv.folds_bias, "int32", channels, stored)
+        source = pad_stage(conv, data) if conv.needs_pad else data
+
+        def emit(ins: list[Any], outs: list[Any]) -> Any:
+            present = iter(ins[2:])
+            given = (operands.bias, operands.scale, operands.residual)
+            bias, scale, residual = (None if t is None else next(present) for t in given)
+            return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
+
+        inputs = [source, weight, *operands.present]
+        out = te.extern(self.shape, inputs, emit, name="out", dtype=epi.out_dtype)
+        if conv.out_store != conv.out_block:
+            full = out
+            out = te.compute(stored, lambda *at: full[at], name="crop")
+        func = te.create_prim_func([data, weight, *operands.present, out])
+        copies = [("pad", conv.needs_pad), ("crop", conv.out_store != conv.out_block)]
+        if wanted := [name for name, needed in copies if needed]:
+            sch = compat.Schedule(func)
+            for name in wanted:
+                copy_stage(sch, compat.get_block(sch, name))
+            func = sch.mod["main"]
+        if ask_permission:
+            func = func.with_body(
+                compat.rewrite_root(func.body, lambda s: [x86_amx.request_permission(), *s])
+            )
+        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+
+
+class _Emitter:
+    """The statements of one kernel."""
+
+    def __init__(
+        self, plan: Pipeline, source: Any, weight: Any, bias: Any, scale: Any, residual: Any,
+        out: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.conv, self.block = plan, plan.conv, plan.block
+        self.source, self.weight, self.out = source, weight, out
+        self.bias, self.scale, self.residual = bias, scale, residual
+        count = plan.m_tiles * plan.pixels.rows
+        self.sums = tir.decl_buffer((2, plan.n_tiles, count, LANES), "int32", "sums")
+        # Of the block before: which half of `sums` it has, -1 for no block; and its place.
+        self.carried = tir.decl_buffer((5 + 2 * plan.m_tiles,), "int32", "carried", scope="local")
+
+    def statement(self) -> Any:
+        """Return what every thread does: its share of the tasks, in one pipeline."""
+        plan = self.plan
+        tasks = self.conv.work.n * plan.groups * plan.bands
+        task, b = tir.Var("task", "int32"), tir.Var("b", "int32")
+        now = _Place.of_block(self, task, b)
+        # The first time round this makes outputs of what is not there yet; the second time they
+        # are made again.
+        is_first = self._carried(0) < 0
+        before = now.copy(
+            "before", lambda at, value: tir.Select(is_first, value, self._carried(at))
+        )
+        half = _i32(0) if plan.in_place else tir.Select(is_first, _i32(0), 1 - self._carried(0))
+        lines = before.lines(_i32(0) if plan.in_place else 1 - half)
+        body = [
+            *now.binds, *before.binds,
+            *self._sums(now, half, lines),
+            *(self._carry(at, value) for at, value in enumerate(now.values, 1)),
+            self._carry(0, half),
+        ]
+        loop = _for(task, 0, tasks, [_for(b, 0, plan.pixels.blocks, body)], parallel=tasks > 1)
+        final = now.copy("final", lambda at, _: self._carried(at))
+        rest = final.lines(self._carried(0))
+        drain = tir.IfThenElse(self._carried(0) >= 0, _seq([*final.binds, *rest]), None)
+        inner = [
+            x86_amx.configure(self.block),
+            self._carry(0, _i32(-1)),
+            loop,
+            drain,
+            x86_amx.release(),
+        ]
+        buffers = [self.sums, self.carried]
+        block = compat.Block([], [], [], "thread", _seq(inner), None, buffers, [], {})
+        realize = compat.BlockRealize([], True, block)
+        if tasks == 1:
+            return realize
+        return tir.AttrStmt(_i32(0), "pragma_parallel_launch_point", _i32(1), realize)
+
+    def _carried(self, at: int) -> Any:
+        return tir.BufferLoad(self.carried, [_i32(at)])
+
+    def _carry(self, at: int, value: Any) -> Any:
+        return tir.BufferStore(self.carried, value, [_i32(at)])
+
+    def _sums(self, at: _Place, half: Any, lines: list[Any]) -> list[Any]:
+        """Return a block's products and the stores of its sums, with `lines` strewn among them."""
+        plan, block = self.plan, self.block
+        total, unrolled = math.prod(plan.steps.values()), plan.unrolled
+        head = [self._start(at, tile) for tile in range(block.c_tiles)]
+        passes = total // unrolled
+        stores = [self._store(half, tile) for tile in range(block.c_tiles)]
+        rolled, k = [], _i32(0)
+        if passes > 1:
+            var = tir.Var("k", "int32")
+            body = [s for j in range(unrolled) for s in self._step(at, var * unrolled + j)]
+            rolled, k = [_for(var, 0, passes - 1, body)], _i32((passes - 1) * unrolled)
+        last = [s for j in range(unrolled) for s in self._step(at, k + j)]
+        if self.plan.in_place:
+            return [*head, *rolled, *_strewn(last, lines), *stores]
+        return [*head, *rolled, *_strewn([*last, *stores], lines)]
+
+    # ------------------------------------------------------------ tile instructions
+
+    def _start(self, at: _Place, tile: int) -> Any:
+        if self.bias is None:
+            return x86_amx.tile_zero(tile)
+        n = tile % self.plan.n_tiles
+        first = tir.BufferLoad(self.bias, [at.ob, at.channel + n * 16])
+        return x86_amx.tile_load(tile, first, 0)
+
+    def _step(self, at: _Place, step: Any) -> list[Any]:
+        """Return one step, each product with the loads it waits for."""
+        place = {}
+        for name, extent in reversed(self.plan.steps.items()):
+            place[name], step = tir.floormod(step, _i32(extent)), tir.floordiv(step, _i32(extent))
+        out, pending = [], []
+        for what, *operands in self.block.step():
+            if what == "a":
+                pending.append(self._load_a(at, place, *operands))
+            elif what == "b":
+                pending.append(self._load_b(at, place, *operands))
+            else:
+                out.append(_seq([*pending, self.block.product(*operands)]))
+                pending = []
+        return out
+
+    def _load_a(self, at: _Place, place: dict[str, Any], m: int, tile: int) -> Any:
+        conv, work = self.conv, self.conv.work
+        (sh, sw), (dh, dw) = work.strides, work.dilation
+        y, x = at.tiles[m]
+        row = (at.row + y) * sh + place["kh"] * dh
+        channel = place["ik"] * self.plan.step
+        if conv.window:
+            index = [at.n, _i32(0), row, x * (sw * conv.in_block) + channel]
+        else:
+            block = at.first_block() + place["cb"]
+            index = [at.n, block, row, x * sw + place["kw"] * dw, channel]
+        stride = sw * (conv.in_block if conv.window else conv.step_block)
+        first = tir.BufferLoad(self.source, index)
+        return x86_amx.tile_load(tile, first, stride, self.plan.stream == "a")
+
+    def _load_b(self, at: _Place, place: dict[str, Any], n: int, tile: int) -> Any:
+        taps = self.conv.ordered(place["kw"], place["cb"])
+        rows = self.plan.step // 4
+        tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, _i32(16)) + n
+        index = [tiles, place["kh"], *taps, place["ik"] * rows, _i32(0), _i32(0)]
+        first = tir.BufferLoad(self.weight, index)
+        return x86_amx.tile_load(tile, first, 64, self.plan.stream == "b")
+
+    def _store(self, half: Any, tile: int) -> Any:
+        m, n = divmod(tile, self.plan.n_tiles)
+        index = [half, _i32(n), _i32(m * self.plan.pixels.rows), _i32(0)]
+        return x86_amx.tile_store(tile, tir.BufferLoad(self.sums, index), 64)
+
+
+class _Place:
+    """Where a block lies: its image, channels, and its tiles' first pixels, bound to variables."""
+
+    def __init__(self, emitter: _Emitter, name: str, values: list[Any]) -> None:
+        self.emitter, self.name = emitter, name
+        self.binds: list[Any] = []
+        self.values = [self._bind(f"{name}{at}", value) for at, value in enumerate(values)]
+        self.n, self.ob, self.channel, self.row, *tiles = self.values
+        self.tiles = list(zip(tiles[::2], tiles[1::2], strict=True))
+
+    @staticmethod
+    def of_block(emitter: _Emitter, task: Any, b: Any) -> _Place:
+        """Return the place of block `b` of a task."""
+        plan = emitter.plan
+        bands, groups, a_block = (_i32(v) for v in (plan.bands, plan.groups, plan.groups_a_block))
+        rest, group = tir.floordiv(task, bands), tir.floormod(tir.floordiv(task, bands), groups)
+        lowest = _i32(emitter.conv.work.oh - plan.pixels.height)
+        values = [
+            tir.floordiv(rest, groups),
+            tir.floordiv(group, a_block),
+            tir.floormod(group, a_block) * (16 * plan.n_tiles),
+            tir.min(tir.floormod(task, bands) * plan.pixels.height, lowest),
+        ]
+        for m in range(plan.m_tiles):
+            values += plan.pixels.first(b * plan.m_tiles + m)
+        return _Place(emitter, "now", values)
+
+    def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
+        """Return a place of the values ``make(1, value), make(2, value)...`` of this one's."""
+        return _Place(self.emitter, name, [make(at, v) for at, v in enumerate(self.values, 1)])
+
+    def _bind(self, name: str, value: Any) -> Any:
+        var = tir.Var(name, compat.dtype_of(value))
+        self.binds.append(tir.Bind(var, value))
+        return var
+
+    def first_block(self) -> Any:
+        """The first block of input channels of the group that these channels belong to."""
+        conv = self.emitter.conv
+        if conv.super_groups == 1:
+            return _i32(0)
+        per_group = _i32(conv.out_blocks // conv.super_groups)
+        return tir.floordiv(self.ob, per_group) * conv.in_blocks_per_group
+
+    # ------------------------------------------------------------ outputs
+
+    def lines(self, half: Any) -> list[Any]:
+        """Return statements that make outputs of the sums, a patch of pixels each."""
+        plan = self.emitter.plan
+        scales = self._scales()
+        count = plan.m_tiles * plan.pixels.rows
+        patch = max(d for d in (1, 2, 4) if d * plan.n_tiles <= 4 and d <= count)
+        starts = [min(q, count - patch) for q in range(0, count, patch)]
+        return [self._patch(half, range(q, q + patch), scales) for q in starts]
+
+    def _scales(self) -> list[Any]:
+        emitter = self.emitter
+        if emitter.scale is None:
+            return [None] * emitter.plan.n_tiles
+        ramps = [tir.Ramp(self.channel + 16 * j, _i32(1), LANES) for j in range(self._n)]
+        loads = [tir.BufferLoad(emitter.scale, [self.ob, ramp]) for ramp in ramps]
+        return [self._bind(f"scale{j}", load) for j, load in enumerate(loads)]
+
+    @property
+    def _n(self) -> int:
+        return self.emitter.plan.n_tiles
+
+    def _patch(self, half: Any, pixels: range, scales: list[Any]) -> Any:
+        emitter, epi = self.emitter, self.emitter.conv.work.epilogue
+        values, places = [], []
+        for q in pixels:
+            m, offset = divmod(q, emitter.plan.pixels.rows)
+            y, x = self.tiles[m]
+            row = self.row * emitter.conv.work.ow
+            pixel = row + emitter.plan.pixels.pixel(y, x, offset)
+            places.append(pixel)
+            for j in range(self._n):
+                index = [half, _i32(j), _i32(q), tir.Ramp(_i32(0), _i32(1), LANES)]
+                total = tir.BufferLoad(emitter.sums, index)
+                values.append(self._value(total, scales[j], pixel, j))
+        width = 16 * self._n
+        if emitter.plan.narrows and epi.out_dtype in INT8_DTYPES:
+            low, high = (int(bound) for bound in epi.bounds())
+            words = narrowed(values, epi.out_dtype, epi.out_zero_point, low, high)
+            packed = tir.Var("words", compat.dtype_of(words))
+            stores = [tir.Bind(packed, words)]
+            for p, pixel in enumerate(places):
+                order = [_i32(w) for w in WORDS[p * width // 4 : (p + 1) * width // 4]]
+                row = tir.reinterpret(f"{epi.out_dtype}x{width}", tir.Shuffle([packed], order))
+                stores.append(self._put(row, pixel, 0, width))
+            return _seq(stores)
+        stores = []
+        for index, value in enumerate(values):
+            p, j = divmod(index, self._n)
+            stores.append(self._put(_stored(epi, value), places[p], 16 * j, LANES))
+        return _seq(stores)
+
+    def _put(self, value: Any, pixel: Any, channel: int, width: int) -> Any:
+        ramp = tir.Ramp(self.channel + channel, _i32(1), width)
+        index = [self.n, self.ob, _i32(0), pixel, ramp]
+        return tir.BufferStore(self.emitter.out, value, index)
+
+    def _value(self, total: Any, scale: Any, pixel: Any, j: int) -> Any:
+        """Return the float32 (or int32) vector before it is clipped."""
+        emitter, epi = self.emitter, self.emitter.conv.work.epilogue
+        if epi.out_dtype == "int32":
+            return total
+        residual = None
+        if emitter.residual is not None:
+            conv = emitter.conv
+            channel = tir.Ramp(self.channel + 16 * j, _i32(1), LANES)
+            if conv.out_store != conv.out_block:  # the surplus of the last block is cropped
+                channel = tir.min(channel, _i32(conv.out_store - 1))
+            index = [self.n, self.ob, _i32(0), pixel, channel]
+            residual = tir.BufferLoad(emitter.residual, index)
+        return real_value(epi, total, scale, residual)
+
+
+def _stored(epi: Any, value: Any) -> Any:
+    if epi.out_dtype == "int32":
+        low, high = epi.bounds()
+        clips = epi.clip_min is not None or epi.clip_max is not None
+        return clip_value(value, int(low), int(high), "int32") if clips else value
+    return stored_value(epi, value)
+
+
+def _strewn(stmts: list[Any], lines: list[Any]) -> list[Any]:
+    """Return the statements with the lines spread evenly behind them."""
+    out, done = [], 0
+    for i, stmt in enumerate(stmts, 1):
+        upto = len(lines) * i // len(stmts)
+        out += [stmt, *lines[done:upto]]
+        done = upto
+    return out
