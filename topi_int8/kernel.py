@@ -339,6 +339,7 @@ def build_amx(work: Workload, blocks: Blocks, feats: Features, ask: bool) -> Ker
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
         widened=widened, window=window, out_store=blocks.stored,
     )  # fmt: skip
+    packing = replace(packing, phases=x86_amx.wants_phases(packing))
     plan = x86_amx.AmxPlan(x86_amx.choose_pipeline(packing, narrows=feats.has("avx512_bw")), ask)
     return _kernel(work, blocks, plan)
 

@@ -17,6 +17,11 @@ padded image (stride 1) is one long row of virtual pixels: output (y, x) is numb
 are computed and cropped. Source: oneDNN's "virtual padding" does the same for its brgemm
 convolutions.
 
+Strides. With `phases` the data is copied so that every sh-th row and sw-th column lie side by side:
+a strided convolution becomes one of stride 1 whose taps read different copies, and its output is a
+long row of virtual pixels too. Source: the polyphase decomposition of filter banks (Vaidyanathan,
+"Multirate Systems and Filter Banks", 1993, chapter 4.3).
+
 Groups. A group whose channels do not fill whole blocks is merged with its neighbours into the
 smallest super-group that does (all groups at the most), its weight block-diagonal: the channel
 blocks then line up and the inner loops never gather.
@@ -24,6 +29,7 @@ blocks then line up and the inner loops never gather.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,6 +93,8 @@ class PackedConv2d:
         the output is a plain matrix whose width is no whole number of vectors.
     flat : bool
         Compute the image as one row of virtual pixels (stride 1, no window).
+    phases : bool
+        Split the data into the phases of the strides (no window).
     kw_inside : bool
         Order of the reduction and of the weight in memory: kh, blocks, kw (True) or kh, kw, blocks.
         LLVM unrolls a kw loop; where products are added by an instruction of their own (vpmaddwd,
@@ -108,6 +116,7 @@ class PackedConv2d:
     window: bool = False
     out_store: int = 0
     flat: bool = False
+    phases: bool = False
     kw_inside: bool = False
     partial: bool = False
 
@@ -122,6 +131,8 @@ class PackedConv2d:
             raise ValueError("window with several data blocks or dilation; allowed: one block, 1")
         if self.flat and (self.work.strides != (1, 1) or self.window):
             raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), no window")
+        if self.phases and (self.flat or self.window):
+            raise ValueError("phases with flat or window; allowed: neither")
         if self.partial and (self.k % 8 or self.work.is_float):
             raise ValueError(f"partial with k {self.k}; allowed: multiples of 8, integers")
         if self.ow_padded == 0:
@@ -187,6 +198,15 @@ class PackedConv2d:
         return self.work.iw + self.work.padding[1] + self.work.padding[3]
 
     @property
+    def phase_shape(self) -> tuple[int, int, int, int]:
+        """Phases and pixels of one: (phases of rows, of columns, rows, columns)."""
+        w = self.work
+        reach = [(taps - 1) * step for taps, step in zip((w.kh, w.kw), w.dilation, strict=True)]
+        ph, pw = (min(by, far + 1) for by, far in zip(w.strides, reach, strict=True))
+        rows, columns = (far // by for far, by in zip(reach, w.strides, strict=True))
+        return ph, pw, w.oh + rows, w.ow + columns
+
+    @property
     def rows(self) -> int:
         """Output rows of the inner loop."""
         return 1 if self.flat else self.work.oh
@@ -233,7 +253,7 @@ class PackedConv2d:
         """Whether the inner loop cannot read the data where it lies."""
         w = self.work
         converts = self.data_dtype != w.data_dtype
-        reshapes = self.window or self.widened or self.ow_padded != w.ow
+        reshapes = self.window or self.widened or self.phases or self.ow_padded != w.ow
         return bool(any(w.padding) or reshapes or converts)
 
     @property
@@ -429,38 +449,32 @@ def pad_stage(conv: PackedConv2d, data: Any, extra_rows: int = 0) -> Any:
     `extra_rows` are added below the bottom border.
     """
     w = conv.work
-    top, left, bottom, _ = w.padding
+    top, _, bottom, _ = w.padding
     needed = 0
     if not conv.flat:
         taps = conv.window_taps if conv.window else w.kw
         needed = (conv.ow_padded - 1) * w.strides[1] + (taps - 1) * w.dilation[1] + 1
     bottom += extra_rows
     height, width = w.ih + top + bottom, max(conv.padded_width, needed)
-    border = 0 if conv.widens or w.is_float else conv.data_zero_point
+    if conv.phases:
+        ph, pw, rows, columns = conv.phase_shape
+        sh, sw = w.strides
+        inside = _bordered(conv, data, (rows - 1) * sh + ph, (columns - 1) * sw + pw)
 
-    def padded(n: Any, c: Any, y: Any, x: Any, i: Any) -> Any:
-        inside = []
-        if conv.flat:
-            y, x = tir.floordiv(x, width), tir.floormod(x, width)
-        if conv.widened:
-            inside.append(i < conv.in_block)
-        if top:
-            inside.append(y >= top)
-        if bottom or conv.flat:
-            inside.append(y < top + w.ih)
-        if left:
-            inside.append(x >= left)
-        if width > left + w.iw:
-            inside.append(x < left + w.iw)
-        value = _convert(conv, data[n, c, y - top, x - left, i])
-        if not inside:
-            return value
-        return tir.if_then_else(tir.all(*inside), value, tir.const(border, conv.data_dtype))
+        def phase(n: Any, c: Any, p: Any, y: Any, x: Any, i: Any) -> Any:
+            return inside(n, c, y * sh + tir.floordiv(p, pw), x * sw + tir.floormod(p, pw), i)
 
+        shape = (w.n, conv.in_blocks, ph * pw, rows, columns, conv.step_block)
+        return te.compute(shape, phase, name="pad")
+    padded = _bordered(conv, data, height, width)
     if conv.flat:
         last_tap = (w.kh - 1) * w.dilation[0] * width + (w.kw - 1) * w.dilation[1]
         shape = (w.n, conv.in_blocks, 1, conv.ow_padded + last_tap, conv.step_block)
-        return te.compute(shape, padded, name="pad")
+
+        def row_of_pixels(n: Any, c: Any, _y: Any, x: Any, i: Any) -> Any:
+            return padded(n, c, tir.floordiv(x, width), tir.floormod(x, width), i)
+
+        return te.compute(shape, row_of_pixels, name="pad")
     shape = (w.n, conv.in_blocks, height, width, conv.widened or conv.in_block)
     if not conv.window:
         return te.compute(shape, padded, name="pad")
@@ -471,3 +485,30 @@ def pad_stage(conv: PackedConv2d, data: Any, extra_rows: int = 0) -> Any:
         return padded(n, c, y, column, channel)
 
     return te.compute((*shape[:3], width * conv.in_block), row_of_bytes, name="pad")
+
+
+def _bordered(conv: PackedConv2d, data: Any, height: int, width: int) -> Callable[..., Any]:
+    """Return ``f(n, block, y, x, i)``, the data with its borders, read up to `height` and `width`.
+    """
+    w = conv.work
+    top, left, _, _ = w.padding
+    border = 0 if conv.widens or w.is_float else conv.data_zero_point
+
+    def padded(n: Any, c: Any, y: Any, x: Any, i: Any) -> Any:
+        inside = []
+        if conv.widened:
+            inside.append(i < conv.in_block)
+        if top:
+            inside.append(y >= top)
+        if height > top + w.ih or conv.flat:
+            inside.append(y < top + w.ih)
+        if left:
+            inside.append(x >= left)
+        if width > left + w.iw:
+            inside.append(x < left + w.iw)
+        value = _convert(conv, data[n, c, y - top, x - left, i])
+        if not inside:
+            return value
+        return tir.if_then_else(tir.all(*inside), value, tir.const(border, conv.data_dtype))
+
+    return padded

@@ -22,6 +22,17 @@ def wants_window(work: Conv2dWorkload, block: int) -> bool:
     return one_block and work.kw > 1 and work.dilation[1] == 1 and fits
 
 
+def wants_phases(conv: PackedConv2d) -> bool:
+    """Whether a strided convolution's data should be copied so that tiles may cross rows.
+
+    It should where that saves more tiles than a copy costs; borders are a copy in any case.
+    """
+    if conv.work.strides == (1, 1) or conv.window:
+        return False
+    split = Bands(replace(conv, phases=True), 1, 1)
+    return split.virtual and 1.1 * split.tiles < Bands(conv, 1, 1).tiles
+
+
 # Bytes of the first-level cache that an operand which stays there may take, of 48 KB.
 RESIDENT = 40 << 10
 # Steps from which data streamed through that cache would push the weights out.
@@ -40,7 +51,7 @@ def choose_tiles(conv: PackedConv2d) -> tuple[int, int, str]:
     work = conv.work
     taps = work.kh * work.kw
     depth = conv.in_blocks_per_group * conv.step_block * work.kh * conv.taps_w
-    image = conv.in_blocks_per_group * conv.step_block * work.ih * work.iw
+    image = conv.in_blocks_per_group * conv.step_block * work.oh * work.ow
     tiles = conv.out_block // 16
     few = Bands(conv, 4, 1).blocks == 1 and Bands(conv, 2, 1).blocks > 1
     if few and image <= RESIDENT and depth >= 64 * LONG:

@@ -87,13 +87,18 @@ class Bands:
         What lies between two rows must not reach beyond the second.
         """
         conv = self.conv
-        fits = conv.padded_width <= 2 * conv.work.ow
-        return conv.work.strides == (1, 1) and not conv.window and fits
+        dense = conv.phases or conv.work.strides == (1, 1)
+        return dense and not conv.window and self._row <= 2 * conv.work.ow
+
+    @property
+    def _row(self) -> int:
+        """Pixels of a row of what tiles are loaded from."""
+        return self.conv.phase_shape[3] if self.conv.phases else self.conv.padded_width
 
     @property
     def width(self) -> int:
         """Pixels from one output row to the next, as tiles count them."""
-        return self.conv.padded_width if self.virtual else self.conv.work.ow
+        return self._row if self.virtual else self.conv.work.ow
 
     @property
     def pixels(self) -> int:
@@ -374,14 +379,21 @@ class _Emitter:
         conv, work = self.conv, self.conv.work
         (sh, sw), (dh, dw) = work.strides, work.dilation
         y, x = at.tiles[m]
-        row = (at.row + y) * sh + place["kh"] * dh
+        row, column = (at.row + y) * sh + place["kh"] * dh, x * sw + place["kw"] * dw
         channel = place["ik"] * self.plan.step
         if conv.window:
             index = [at.n, _i32(0), row, x * (sw * conv.in_block) + channel]
+        elif conv.phases:
+            pw = conv.phase_shape[1]
+            phase = tir.floormod(place["kh"] * dh, _i32(sh)) * pw
+            phase += tir.floormod(place["kw"] * dw, _i32(sw))
+            row = at.row + y + tir.floordiv(place["kh"] * dh, _i32(sh))
+            column = x + tir.floordiv(place["kw"] * dw, _i32(sw))
+            index = [at.n, at.first_block() + place["cb"], phase, row, column, channel]
         else:
-            block = at.first_block() + place["cb"]
-            index = [at.n, block, row, x * sw + place["kw"] * dw, channel]
-        stride = sw * (conv.in_block if conv.window else conv.step_block)
+            index = [at.n, at.first_block() + place["cb"], row, column, channel]
+        pixel = conv.in_block if conv.window else conv.step_block
+        stride = pixel if conv.phases else pixel * sw
         first = tir.BufferLoad(self.source, index)
         return x86_amx.tile_load(tile, first, stride, self.plan.stream == "a")
 
