@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm.target import Target
 
-from topi_int8.workload import Conv2dWorkload
+from topi_int8.workload import Conv2dWorkload, known_bounded
 
 from .place import HERE, Place
 from .timing import Sampler, evaluator_sampler
@@ -95,11 +95,13 @@ def build(workload: Workload, target: Target, seed: int = 0, place: Place = HERE
     # By name: the table of strategies imports every schedule, and only this needs it.
     strategy = importlib.import_module("topi_int8.strategy")
     conv = isinstance(workload, Conv2dWorkload)
+    operands = random_operands(workload, seed)
+    bounded = known_bounded(workload, operands.bias, operands.scale)
+    workload = workload.with_epilogue(replace(workload.epilogue, bounded=bounded))
     decision = (strategy.conv2d if conv else strategy.matmul)(workload, target)
     kernel = decision.kernel()
     func = kernel.func.with_attr("global_symbol", "main")
     executable = tvm.compile(tvm.IRModule({"main": func}), target=target)
-    operands = random_operands(workload, seed)
     args = tuple(map(place.tensor, _arguments(func, kernel, workload, operands)))
     return OurKernel(
         workload=workload,

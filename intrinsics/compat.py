@@ -147,6 +147,22 @@ def extern_statement(name: str, *args: int) -> Any:
     return tir.Evaluate(tir.call_extern("int64", name, *values))
 
 
+def i32(value: int) -> Any:
+    """Return an int32 constant."""
+    return tir.const(value, "int32")
+
+
+def sequence(stmts: list[Any]) -> Any:
+    """Return one statement of several (a SeqStmt has at least two)."""
+    return stmts[0] if len(stmts) == 1 else tir.SeqStmt(stmts)
+
+
+def loop(var: Any, extent: int, body: list[Any], parallel: bool = False, first: int = 0) -> Any:
+    """Return ``for var in range(first, first + extent)`` around statements."""
+    kind = tir.ForKind.PARALLEL if parallel else tir.ForKind.SERIAL
+    return tir.For(var, i32(first), i32(extent), kind, sequence(body), None, {})
+
+
 def _rewritten(stmt: Any, make: Callable[[Any], Any]) -> Any:
     """Return the statement with each one inside it for which ``make(stmt)`` is not None replaced.
     """

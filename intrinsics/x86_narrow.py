@@ -4,14 +4,15 @@
 
 The meaning is the end of an epilogue, ``clip(rint(v) + zero_point, low, high)``, in the form that
 `compute/epilogue.py` gives it. A vector is clipped below, in float; adding 1.5 * 2**23 leaves its
-rounded value in the low bits, to which one integer addition brings the zero point; `vpackssdw` and
+rounded value in the low bits, to which an integer addition brings the zero point; `vpackssdw` and
 `vpackuswb` or `vpacksswb` saturate to the type's range, and one permutation puts the 128-bit lanes
 back in order: four operations a vector and four to seven for four of them together, where LLVM
 clips and rounds by four or five a vector and takes two for `vpmovdb`. Of these only the clip needs
 the multiplier's port; `vcvtps2dq`, which rounds in one, needs it too, and beside AMX there is one.
 
-Why the clip below: a sum with 1.5 * 2**23 that is negative has bits which, less the constant's,
-wrap around int32. Above nothing can: bits of positive floats grow with their values.
+Why the clip below is not left to saturation: a sum with 1.5 * 2**23 that is negative has bits
+which, less the constant's, wrap around int32. Above nothing can: bits of positive floats grow with
+their values. Where values are known to be bounded it is left, or to one operation on bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _pure(name: str, dtype: str, *args: Any) -> Any:
     return tir.call_llvm_pure_intrin(dtype, ident, *signature, *args)
 
 
-def narrowed(values: list[Any], dtype: str, zero_point: int, low: int, high: int) -> Any:
+def narrowed(
+    values: list[Any], dtype: str, zero_point: int, low: int, high: int, bounded: bool = False
+) -> Any:
     """Return int32x16 with the values clipped, rounded and narrowed to 8 bits, four in a word.
 
     Parameters
@@ -51,6 +54,8 @@ def narrowed(values: list[Any], dtype: str, zero_point: int, low: int, high: int
         Added after rounding.
     low, high : int
         Bounds of the result.
+    bounded : bool
+        Whether no value is -2**23 or less: the sum is then positive, and nothing wraps.
 
     Raises
     ------
@@ -71,10 +76,8 @@ def narrowed(values: list[Any], dtype: str, zero_point: int, low: int, high: int
     bottom = many(tir.const(float(low - zero_point), "float32"), LANES)
     magic = many(tir.const(ROUND, "float32"), LANES)
     shift = many(tir.const(zero_point - ROUND_BITS, "int32"), LANES)
-    whole = [
-        tir.reinterpret(f"int32x{LANES}", tir.max(value, bottom) + magic) + shift
-        for value in values
-    ]
+    clipped = values if bounded else [tir.max(value, bottom) for value in values]
+    whole = [tir.reinterpret(f"int32x{LANES}", value + magic) + shift for value in clipped]
     # A lone vector, and a lone pair, has itself for a partner.
     halves = [
         _pure("llvm.x86.avx512.packssdw.512", "int16x32", first, second)
@@ -82,6 +85,8 @@ def narrowed(values: list[Any], dtype: str, zero_point: int, low: int, high: int
     ]
     pack = "packuswb" if dtype == "uint8" else "packsswb"
     packed = _pure(f"llvm.x86.avx512.{pack}.512", f"{dtype}x64", halves[0], halves[-1])
+    if bounded and low > least:
+        packed = tir.max(packed, many(tir.const(low, dtype), 64))
     if high < most:
         packed = tir.min(packed, many(tir.const(high, dtype), 64))
     return tir.reinterpret("int32x16", packed)

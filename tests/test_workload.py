@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
-from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload
+from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload, known_bounded
 
 CONV = {"n": 1, "ic": 8, "ih": 9, "iw": 9, "oc": 16, "kh": 3, "kw": 3}
 MATMUL = {"m": 4, "n": 5, "k": 6}
@@ -157,3 +158,40 @@ def test_workloads_are_values():
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         work.n = 2
+
+
+EPI = Epilogue("uint8", bias=True, scale=True)
+PROVEN = Conv2dWorkload(1, 64, 4, 4, 2, 1, 1, weight_range=(-127, 5), epilogue=EPI)
+RESIDUAL = {"residual_dtype": "uint8", "residual_zero_point": 3, "residual_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("work", "data", "residual"),
+    [
+        (PROVEN, 255, 0),
+        (dataclasses.replace(PROVEN, data_zero_point=127), 128, 0),
+        (PROVEN.with_epilogue(dataclasses.replace(EPI, **RESIDUAL)), 255, 2 * 252),
+        (MatmulWorkload(4, 2, 64, weight_range=(-127, 5), epilogue=EPI), 255, 0),
+    ],
+    ids=["plain", "zero_point", "residual", "matmul"],
+)
+def test_values_known_to_be_bounded(work, data, residual):
+    bias = np.int32([-1000, 7])
+    limit = (2**23 - residual) / (64 * data * 127 + 1000)
+    for factor, bounded in ((0.999999, True), (1.000001, False)):
+        scale = np.float64([-limit, limit / 2]) * factor
+        assert known_bounded(work, bias, scale) == bounded
+    assert not known_bounded(work, None, bias * 1e-9) and not known_bounded(work, bias, None)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        PROVEN.with_epilogue(dataclasses.replace(EPI, residual_dtype="float32")),
+        dataclasses.replace(PROVEN, weight_range=None),
+        Conv2dWorkload(**(CONV | FLOAT), epilogue=Epilogue("float32")),
+    ],
+    ids=["residual", "weights", "float"],
+)
+def test_values_not_known_to_be_bounded(work):
+    assert not known_bounded(work, np.int32([0]), np.float32([1e-9]))

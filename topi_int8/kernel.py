@@ -338,6 +338,7 @@ def build_amx(work: Workload, blocks: Blocks, feats: Features, ask: bool) -> Ker
     packing = PackedConv2d(
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
         widened=widened, window=window, out_store=blocks.stored,
+        window_rows=x86_amx.choose_window_rows(conv_work, blocks.data) if window else 1,
     )  # fmt: skip
     packing = replace(packing, phases=x86_amx.wants_phases(packing))
     plan = x86_amx.AmxPlan(x86_amx.choose_pipeline(packing, narrows=feats.has("avx512_bw")), ask)

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 INT8_DTYPES = ("uint8", "int8")
 OUT_DTYPES = ("uint8", "int8", "int32", "float32")
 DTYPE_RANGE = {"uint8": (0, 255), "int8": (-128, 127), "int32": (-(2**31), 2**31 - 1)}
@@ -63,6 +65,9 @@ class Epilogue:
     residual_zero_point : int
     residual_scale : float
         Multiplier that brings the residual to units of the output.
+    bounded : bool
+        Whether no value, before it is rounded and clipped, can be -2**23 or less: then a kernel may
+        leave the lower bound to the saturation of its narrowing. `known_bounded` proves it.
     """
 
     out_dtype: str = "int32"
@@ -74,6 +79,7 @@ class Epilogue:
     residual_dtype: str | None = None
     residual_zero_point: int = 0
     residual_scale: float = 1.0
+    bounded: bool = False
 
     def __post_init__(self) -> None:
         _require(self.out_dtype in OUT_DTYPES, "out_dtype", self.out_dtype, ", ".join(OUT_DTYPES))
@@ -193,6 +199,11 @@ class Conv2dWorkload:
         return self.n * self.oh * self.ow * self.oc * (self.ic // self.groups) * self.kh * self.kw
 
     @property
+    def depth(self) -> int:
+        """Products of a sum."""
+        return self.ic // self.groups * self.kh * self.kw
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether each channel is convolved with its own filter."""
         return self.groups > 1 and self.groups == self.ic == self.oc
@@ -240,6 +251,48 @@ class MatmulWorkload:
         return self.batch * self.m * self.n * self.k
 
     @property
+    def depth(self) -> int:
+        """Products of a sum."""
+        return self.k
+
+    def with_epilogue(self, epilogue: Epilogue) -> MatmulWorkload:
+        """Return the same matmul with another epilogue."""
+        return replace(self, epilogue=epilogue)
+
+    @property
     def is_float(self) -> bool:
         """Whether this is a float32 matmul."""
         return self.data_dtype == "float32"
+
+
+def known_bounded(
+    work: Conv2dWorkload | MatmulWorkload, bias: np.ndarray | None, scale: np.ndarray | None
+) -> bool:
+    """Return whether the operands' ranges prove `Epilogue.bounded`.
+
+    The largest sum that `weight_range` and the type of the data allow, with the largest bias and
+    residual, at the largest scale.
+
+    Parameters
+    ----------
+    work : Conv2dWorkload or MatmulWorkload
+    bias, scale : numpy.ndarray or None
+        The epilogue's, if it has them and they are constant.
+    """
+    epi = work.epilogue
+    unknown = scale is None or (epi.bias and bias is None) or epi.residual_dtype == "float32"
+    if work.is_float or work.weight_range is None or unknown:
+        return False
+
+    def largest(bounds: tuple[int, int], zero_point: int) -> int:
+        return max(abs(bound - zero_point) for bound in bounds)
+
+    data = largest(DTYPE_RANGE[work.data_dtype], work.data_zero_point)
+    total = work.depth * data * largest(work.weight_range, work.weight_zero_point)
+    if epi.bias:
+        total += int(np.abs(bias.astype("int64")).max())
+    value = total * float(np.abs(scale).max())
+    if epi.residual_dtype is not None:
+        residual = largest(DTYPE_RANGE[epi.residual_dtype], epi.residual_zero_point)
+        value += residual * abs(epi.residual_scale)
+    return value < 2**23

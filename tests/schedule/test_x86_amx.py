@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from intrinsics.compat import tir
 from intrinsics.x86_amx import TILES
 from tests.emulator import counts, native_features, reset
-from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
+from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SAME, SHAPES, conv
 from tests.kernels import Assembly, build, check, check_instructions, decide
 from topi_int8 import kernel
 from topi_int8.kernel import Blocks
@@ -84,6 +84,49 @@ def test_work_is_done_by_tiles():
         # 2x2 tiles: as many loads as products
         assert found["tileloadd"] == found["tdpbusd"]
         assert found["ldtilecfg"] == found["tilerelease"]
+
+
+STRIDED = {
+    "one_tap": conv(130, (14, 14), 40, strides=(2, 2)),
+    "three_taps": conv(70, (15, 13), 33, (3, 3), strides=(2, 2), padding=SAME),
+    "groups": conv(128, (14, 15), 128, (3, 3), strides=(2, 2), padding=(0, 1, 1, 0), groups=2),
+    "dilated": conv(20, (17, 16), 20, (3, 3), strides=(2, 3), padding=(2, 2, 2, 2), dilation=(2, 2)),
+    "large_stride": conv(20, (21, 22), 20, (2, 5), strides=(4, 3), n=3),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided_convolutions_by_phases(name):
+    built = check(STRIDED[name].with_epilogue(EPILOGUES["u8_residual_s8"]), ISA)
+    assert built.kernel.packing.phases
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "padding", "rows", "grain"),
+    [
+        ((7, 7), (2, 2), (3, 3, 3, 3), 2, 2),
+        ((3, 3), (2, 2), (1, 0, 1, 1), 3, 2),
+        ((3, 3), (1, 1), (1, 1, 1, 1), 3, 1),
+        ((5, 5), (3, 1), (2, 0, 1, 3), 3, 3),
+        ((4, 4), (4, 4), (0, 0, 0, 0), 4, 4),
+        ((11, 11), (4, 4), (2, 2, 2, 2), 1, 1),
+        ((3, 7), (4, 2), (0, 0, 0, 9), 2, 2),
+    ],
+)
+@pytest.mark.parametrize("width", [15, 37])
+def test_windows_over_several_rows(kernel_size, strides, padding, rows, grain, width):
+    """Rows are woven together in vectors where an image is at least one wide."""
+    work = conv(3, (22, width), 33, kernel_size, strides=strides, padding=padding, n=2)
+    built = check(work.with_epilogue(EPILOGUES["u8"]), ISA)
+    packing = built.kernel.packing
+    assert packing.window and (packing.window_rows, packing.window_grain) == (rows, grain)
+
+
+def test_a_reduction_too_long_to_unroll():
+    work = conv(64 * 83, (3, 5), 40)
+    assert check(work.with_epilogue(EPILOGUES["s8"]), ISA).kernel.plan.pipeline.unrolled < 83
+    work = conv(64 * 84, (3, 5), 40)
+    assert check(work.with_epilogue(EPILOGUES["s8"]), ISA).kernel.plan.pipeline.unrolled == 42
 
 
 # ---- assembly, on every machine

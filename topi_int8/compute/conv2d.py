@@ -29,6 +29,7 @@ blocks then line up and the inner loops never gather.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,9 @@ class PackedConv2d:
         For inputs so narrow that a tap fills a step badly (a network's stem): one step reads the kw
         taps at once (and more, of zero weight, up to whole rows of k), neighbouring bytes of a row;
         windows of neighbouring output columns overlap in memory. One block of data, dilation 1.
+    window_rows : int
+        Rows of taps that such a step reads: the rows of the data are woven together, a column of
+        so many rows after the other.
     out_store : int
         Channels of each output block that are stored (0: all of them). Less than out_block where
         the output is a plain matrix whose width is no whole number of vectors.
@@ -114,6 +118,7 @@ class PackedConv2d:
     ow_padded: int = 0
     widened: int = 0
     window: bool = False
+    window_rows: int = 1
     out_store: int = 0
     flat: bool = False
     phases: bool = False
@@ -129,6 +134,8 @@ class PackedConv2d:
             raise ValueError(f"widened is {self.widened}; allowed: >= {self.in_block}, no window")
         if self.window and (self.in_blocks != 1 or self.work.dilation[1] != 1):
             raise ValueError("window with several data blocks or dilation; allowed: one block, 1")
+        if self.window_rows > 1 and (not self.window or self.work.dilation[0] != 1):
+            raise ValueError(f"window_rows is {self.window_rows} without window, or with dilation")
         if self.flat and (self.work.strides != (1, 1) or self.window):
             raise ValueError(f"flat with strides {self.work.strides}; allowed: (1, 1), no window")
         if self.phases and (self.flat or self.window):
@@ -180,12 +187,27 @@ class PackedConv2d:
     @property
     def step_block(self) -> int:
         """Channels (with a window, channels of all its taps) that the inner loop reads together."""
-        return self.in_block * self.window_taps if self.window else self.widened or self.in_block
+        if self.window:
+            return self.in_block * self.window_rows * self.window_taps
+        return self.widened or self.in_block
 
     @property
     def window_taps(self) -> int:
         """Taps that a window reads: kw, and further ones of zero weight up to whole rows of k."""
-        return window_taps(self.work.kw, self.in_block, self.k)
+        return window_taps(self.work.kw, self.in_block * self.window_rows, self.k)
+
+    @property
+    def window_grain(self) -> int:
+        """Rows of the data between two rows of what windows read: from it all steps can start."""
+        if self.window_rows == 1:
+            return 1
+        sh = self.work.strides[0]
+        return sh if self.taps_h == 1 else math.gcd(sh, self.window_rows)
+
+    @property
+    def taps_h(self) -> int:
+        """Vertical taps of the inner loop."""
+        return -(-self.work.kh // self.window_rows)
 
     @property
     def taps_w(self) -> int:
@@ -234,7 +256,7 @@ class PackedConv2d:
         taps = self.ordered(self.taps_w, self.in_blocks_per_group)
         return (
             self.out_blocks * self.out_block // self.lanes,
-            self.work.kh, *taps, self.step_block // self.k, self.lanes, self.k,
+            self.taps_h, *taps, self.step_block // self.k, self.lanes, self.k,
         )  # fmt: skip
 
     @property
@@ -279,9 +301,13 @@ class PackedConv2d:
         dense = np.zeros((oc, blocks * self.in_block, w.kh, w.kw), wide.dtype)
         dense[: w.oc, : merged.shape[1]] = merged
         if self.window:
-            # (oc, i, kh, kw) -> (oc, kw * i, kh, 1): taps side by side as they lie in a row.
-            dense = np.pad(dense, ((0, 0), (0, 0), (0, 0), (0, self.window_taps - w.kw)))
-            dense = dense.transpose(0, 3, 1, 2).reshape(oc, self.step_block, w.kh, 1)
+            # (oc, i, kh, kw) -> (oc, kw * rows * i, taps_h, 1): as they lie side by side.
+            below = self.taps_h * self.window_rows - w.kh
+            dense = np.pad(dense, ((0, 0), (0, 0), (0, below), (0, self.window_taps - w.kw)))
+            split = dense.reshape(
+                oc, self.in_block, self.taps_h, self.window_rows, self.window_taps
+            )
+            dense = split.transpose(0, 4, 3, 1, 2).reshape(oc, self.step_block, self.taps_h, 1)
         elif self.widened:
             split = dense.reshape(oc, blocks, self.in_block, w.kh, w.kw)
             extra = self.widened - self.in_block
@@ -294,7 +320,7 @@ class PackedConv2d:
                 f"[{dense.min()}, {dense.max()}]; allowed: the range of {self.weight_dtype}"
             )
         o, i = narrow.shape[0] // self.lanes, self.step_block // self.k
-        split = narrow.reshape(o, self.lanes, blocks, i, self.k, w.kh, self.taps_w)
+        split = narrow.reshape(o, self.lanes, blocks, i, self.k, self.taps_h, self.taps_w)
         return np.ascontiguousarray(split.transpose(0, 5, *self.ordered(6, 2), 3, 1, 4))
 
     def pack_bias(self, bias: np.ndarray | None, weight: np.ndarray) -> np.ndarray:
@@ -370,7 +396,7 @@ def accumulate(
     dh, dw = w.dilation
     out_blocks_per_group = conv.out_blocks // conv.super_groups
     cb = reduce_axis("cb", conv.in_blocks_per_group, rolled)
-    kh, kw = reduce_axis("kh", w.kh, rolled), reduce_axis("kw", conv.taps_w, rolled)
+    kh, kw = reduce_axis("kh", conv.taps_h, rolled), reduce_axis("kw", conv.taps_w, rolled)
     ik = reduce_axis("ik", conv.step_block // conv.k, rolled)
     kk = te.reduce_axis((0, conv.k // (PARTIALS if conv.partial else 1)), "kk")
     vectors = conv.out_block // conv.lanes
@@ -466,6 +492,22 @@ def pad_stage(conv: PackedConv2d, data: Any, extra_rows: int = 0) -> Any:
 
         shape = (w.n, conv.in_blocks, ph * pw, rows, columns, conv.step_block)
         return te.compute(shape, phase, name="pad")
+    if conv.window:
+        column_bytes, grain = conv.in_block * conv.window_rows, conv.window_grain
+        rows = height
+        if conv.window_rows > 1:
+            steps = (w.oh - 1) * w.strides[0] + (conv.taps_h - 1) * conv.window_rows
+            rows = steps // grain + 1
+        inside = _bordered(conv, data, (rows - 1) * grain + conv.window_rows, width)
+
+        def row_of_bytes(n: Any, c: Any, y: Any, x: Any) -> Any:
+            """The same with columns and channels in one dimension, for windows to start anywhere.
+            """
+            column, within = tir.floordiv(x, column_bytes), tir.floormod(x, column_bytes)
+            row, channel = tir.floordiv(within, conv.in_block), tir.floormod(x, conv.in_block)
+            return inside(n, c, y * grain + row, column, channel)
+
+        return te.compute((w.n, conv.in_blocks, rows, width * column_bytes), row_of_bytes, "pad")
     padded = _bordered(conv, data, height, width)
     if conv.flat:
         last_tap = (w.kh - 1) * w.dilation[0] * width + (w.kw - 1) * w.dilation[1]
@@ -476,15 +518,7 @@ def pad_stage(conv: PackedConv2d, data: Any, extra_rows: int = 0) -> Any:
 
         return te.compute(shape, row_of_pixels, name="pad")
     shape = (w.n, conv.in_blocks, height, width, conv.widened or conv.in_block)
-    if not conv.window:
-        return te.compute(shape, padded, name="pad")
-
-    def row_of_bytes(n: Any, c: Any, y: Any, x: Any) -> Any:
-        """The same with columns and channels in one dimension, for windows to start anywhere."""
-        column, channel = tir.floordiv(x, conv.in_block), tir.floormod(x, conv.in_block)
-        return padded(n, c, y, column, channel)
-
-    return te.compute((*shape[:3], width * conv.in_block), row_of_bytes, name="pad")
+    return te.compute(shape, padded, name="pad")
 
 
 def _bordered(conv: PackedConv2d, data: Any, height: int, width: int) -> Callable[..., Any]:

@@ -33,10 +33,23 @@ def wants_phases(conv: PackedConv2d) -> bool:
     return split.virtual and 1.1 * split.tiles < Bands(conv, 1, 1).tiles
 
 
+def choose_window_rows(work: Conv2dWorkload, block: int) -> int:
+    """Return how many rows of taps a window reads: for the fewest steps, the fewest rows.
+
+    As many as fit 64 bytes; rows woven together are bytes that are copied.
+    """
+    if work.dilation[0] != 1:
+        return 1
+    most = min(work.kh, 64 // (work.kw * block))
+    return min(range(1, most + 1), key=lambda rows: (-(-work.kh // rows), rows))
+
+
 # Bytes of the first-level cache that an operand which stays there may take, of 48 KB.
 RESIDENT = 40 << 10
 # Steps from which data streamed through that cache would push the weights out.
 LONG = 8
+# Steps up to which making outputs takes longer than the products.
+SHORT = 4
 # Tasks that are worth having, and blocks that each should have to fill its pipeline.
 TASKS, BLOCKS_A_TASK = 16, 4
 
@@ -44,19 +57,20 @@ TASKS, BLOCKS_A_TASK = 16, 4
 def choose_tiles(conv: PackedConv2d) -> tuple[int, int, str]:
     """Return (m_tiles, n_tiles, stream): the block, and the operand loaded past the first cache.
 
-    1x4 tiles need the fewest stores and store whole lines, as long as the weights of their 64
-    channels stay in the first-level cache while data passes by. Else 2x2, with the fewest loads for
-    a product. Where all pixels are one block of 4x1, each weight is read once.
+    1x4 tiles store whole lines; they suit short reductions, and convolutions of one tap, as long as
+    the weights of their 64 channels stay in the first-level cache while data passes by. Else 2x2,
+    with the fewest loads for a product. Where all pixels are one block of 4x1, each weight is read
+    once.
     """
     work = conv.work
     taps = work.kh * work.kw
-    depth = conv.in_blocks_per_group * conv.step_block * work.kh * conv.taps_w
+    depth = conv.in_blocks_per_group * conv.step_block * conv.taps_h * conv.taps_w
     image = conv.in_blocks_per_group * conv.step_block * work.oh * work.ow
     tiles = conv.out_block // 16
     few = Bands(conv, 4, 1).blocks == 1 and Bands(conv, 2, 1).blocks > 1
     if few and image <= RESIDENT and depth >= 64 * LONG:
         return 4, 1, "b"
-    if taps == 1 and 64 * depth <= RESIDENT and tiles % 4 == 0:
+    if (taps == 1 or depth <= 64 * SHORT) and 64 * depth <= RESIDENT and tiles % 4 == 0:
         return 1, 4, "a" if depth >= 64 * LONG else ""
     n = 2 if tiles % 2 == 0 else 1
     m = min(2 if n == 2 else 4, Bands(conv, 1, 1).tiles)

@@ -31,31 +31,19 @@ from typing import Any
 from tvm import te
 
 from intrinsics import compat, x86_amx
-from intrinsics.compat import tir
+from intrinsics.compat import i32, loop, sequence, tir
 from intrinsics.x86_narrow import LANES, WORDS, narrowed
 
 from ..compute.conv2d import PackedConv2d, pad_stage
 from ..compute.epilogue import Operands, clip_value, real_value, stored_value
 from ..workload import INT8_DTYPES
 from .stages import copy_stage, divisors
+from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
 # Steps of a reduction from which a block's sums take the place of the last one's.
 IN_PLACE = 3
-
-
-def _i32(value: int) -> Any:
-    return tir.const(value, "int32")
-
-
-def _seq(stmts: list[Any]) -> Any:
-    return stmts[0] if len(stmts) == 1 else tir.SeqStmt(stmts)
-
-
-def _for(var: Any, start: int, extent: int, body: list[Any], parallel: bool = False) -> Any:
-    kind = tir.ForKind.PARALLEL if parallel else tir.ForKind.SERIAL
-    return tir.For(var, _i32(start), _i32(extent), kind, _seq(body))
 
 
 @dataclass(frozen=True)
@@ -133,17 +121,17 @@ class Bands:
         """Return (row, column) of a tile's first pixel, in the band."""
         last = self._run - self.rows
         if self.virtual:
-            return _i32(0), tir.min(tile * self.rows, _i32(last))
+            return i32(0), tir.min(tile * self.rows, i32(last))
         a_row = -(-self._run // self.rows)
-        y = tir.min(tir.floordiv(tile, a_row), _i32(self.height - 1))
-        return y, tir.min(tir.floormod(tile, a_row) * self.rows, _i32(last))
+        y = tir.min(tir.floordiv(tile, a_row), i32(self.height - 1))
+        return y, tir.min(tir.floormod(tile, a_row) * self.rows, i32(last))
 
     def pixel(self, row: Any, column: Any, offset: int) -> Any:
         """Return the output pixel, counted in the image's own width, of one of a tile's."""
         ow = self.conv.work.ow
         at = column + offset
         if self.virtual and self.width != ow and self.height > 1:
-            return at - tir.floordiv(at, _i32(self.width)) * (self.width - ow)
+            return at - tir.floordiv(at, i32(self.width)) * (self.width - ow)
         return row * ow + at
 
 
@@ -199,7 +187,7 @@ class Pipeline:
         """The loops of the reduction, outermost first."""
         conv = self.conv
         taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
-        return dict((("kh", conv.work.kh), *taps, ("ik", conv.step_block // self.step)))
+        return dict((("kh", conv.taps_h), *taps, ("ik", conv.step_block // self.step)))
 
     @property
     def unrolled(self) -> int:
@@ -213,12 +201,16 @@ class Pipeline:
 
     @property
     def in_place(self) -> bool:
-        """Whether a block's sums take the place of the last one's, which has just been read.
+        """Whether a block's sums take the place of those that have just been read.
 
-        Half the lines in the cache; but a short reduction leaves no time for all that must be read
-        before the first store.
+        It leaves a short reduction no time for all that must be read before the first store.
         """
         return math.prod(self.steps.values()) >= IN_PLACE
+
+    @property
+    def buffers(self) -> int:
+        """Blocks of sums in memory."""
+        return 1 if self.in_place else 2
 
     @property
     def groups(self) -> int:
@@ -247,7 +239,9 @@ class Pipeline:
         stored = (*self.shape[:-1], conv.out_store)
         channels = (conv.out_blocks, conv.out_block)
         operands = Operands.declare(epi, conv.folds_bias, "int32", channels, stored)
-        source = pad_stage(conv, data) if conv.needs_pad else data
+        source = data
+        if conv.needs_pad:
+            source = woven(conv, data) if weaves(conv) else pad_stage(conv, data)
 
         def emit(ins: list[Any], outs: list[Any]) -> Any:
             present = iter(ins[2:])
@@ -261,7 +255,10 @@ class Pipeline:
             full = out
             out = te.compute(stored, lambda *at: full[at], name="crop")
         func = te.create_prim_func([data, weight, *operands.present, out])
-        copies = [("pad", conv.needs_pad), ("crop", conv.out_store != conv.out_block)]
+        copies = [
+            ("pad", conv.needs_pad and not weaves(conv)),
+            ("crop", conv.out_store != conv.out_block),
+        ]
         if wanted := [name for name, needed in copies if needed]:
             sch = compat.Schedule(func)
             for name in wanted:
@@ -285,8 +282,9 @@ class _Emitter:
         self.source, self.weight, self.out = source, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
         count = plan.m_tiles * plan.pixels.rows
-        self.sums = tir.decl_buffer((2, plan.n_tiles, count, LANES), "int32", "sums")
-        # Of the block before: which half of `sums` it has, -1 for no block; and its place.
+        self.sums = tir.decl_buffer((plan.buffers, plan.n_tiles, count, LANES), "int32", "sums")
+        # The place of the block before (its image is -1 where there was none), and its part of
+        # `sums`.
         self.carried = tir.decl_buffer((5 + 2 * plan.m_tiles,), "int32", "carried", scope="local")
 
     def statement(self) -> Any:
@@ -295,43 +293,46 @@ class _Emitter:
         tasks = self.conv.work.n * plan.groups * plan.bands
         task, b = tir.Var("task", "int32"), tir.Var("b", "int32")
         now = _Place.of_block(self, task, b)
-        # The first time round this makes outputs of what is not there yet; the second time they
-        # are made again.
-        is_first = self._carried(0) < 0
-        before = now.copy(
-            "before", lambda at, value: tir.Select(is_first, value, self._carried(at))
-        )
-        half = _i32(0) if plan.in_place else tir.Select(is_first, _i32(0), 1 - self._carried(0))
-        lines = before.lines(_i32(0) if plan.in_place else 1 - half)
+        # The first time round this makes outputs of what is not there yet, in the block's own
+        # place, where they are made again.
+        none = self._carried(0) < 0
+        before = now.copy("before", lambda at, value: tir.Select(none, value, self._carried(at)))
+        last = len(now.values)  # where `carried` has the part of `sums` that was stored last
+        part = i32(0)
+        if plan.buffers > 1:
+            part = tir.Select(none, i32(0), 1 - self._carried(last))
+        lines = before.lines(part if plan.in_place else 1 - part)
         body = [
             *now.binds, *before.binds,
-            *self._sums(now, half, lines),
-            *(self._carry(at, value) for at, value in enumerate(now.values, 1)),
-            self._carry(0, half),
+            *self._sums(now, part, lines),
+            self._carry(last, part),
+            *(self._carry(at, value) for at, value in enumerate(now.values)),
         ]
-        loop = _for(task, 0, tasks, [_for(b, 0, plan.pixels.blocks, body)], parallel=tasks > 1)
+        shared_out = loop(
+            task, tasks, [loop(b, plan.pixels.blocks, body)], parallel=tasks > 1
+        )
         final = now.copy("final", lambda at, _: self._carried(at))
-        rest = final.lines(self._carried(0))
-        drain = tir.IfThenElse(self._carried(0) >= 0, _seq([*final.binds, *rest]), None)
-        inner = [
+        outputs = final.lines(self._carried(last))
+        drain = tir.IfThenElse(self._carried(0) >= 0, sequence([*final.binds, *outputs]), None)
+        steps = [
             x86_amx.configure(self.block),
-            self._carry(0, _i32(-1)),
-            loop,
+            self._carry(0, i32(-1)),
+            shared_out,
             drain,
             x86_amx.release(),
         ]
         buffers = [self.sums, self.carried]
-        block = compat.Block([], [], [], "thread", _seq(inner), None, buffers, [], {})
+        block = compat.Block([], [], [], "thread", sequence(steps), None, buffers, [], {})
         realize = compat.BlockRealize([], True, block)
         if tasks == 1:
             return realize
-        return tir.AttrStmt(_i32(0), "pragma_parallel_launch_point", _i32(1), realize)
+        return tir.AttrStmt(i32(0), "pragma_parallel_launch_point", i32(1), realize)
 
     def _carried(self, at: int) -> Any:
-        return tir.BufferLoad(self.carried, [_i32(at)])
+        return tir.BufferLoad(self.carried, [i32(at)])
 
     def _carry(self, at: int, value: Any) -> Any:
-        return tir.BufferStore(self.carried, value, [_i32(at)])
+        return tir.BufferStore(self.carried, value, [i32(at)])
 
     def _sums(self, at: _Place, half: Any, lines: list[Any]) -> list[Any]:
         """Return a block's products and the stores of its sums, with `lines` strewn among them."""
@@ -340,11 +341,11 @@ class _Emitter:
         head = [self._start(at, tile) for tile in range(block.c_tiles)]
         passes = total // unrolled
         stores = [self._store(half, tile) for tile in range(block.c_tiles)]
-        rolled, k = [], _i32(0)
+        rolled, k = [], i32(0)
         if passes > 1:
             var = tir.Var("k", "int32")
             body = [s for j in range(unrolled) for s in self._step(at, var * unrolled + j)]
-            rolled, k = [_for(var, 0, passes - 1, body)], _i32((passes - 1) * unrolled)
+            rolled, k = [loop(var, passes - 1, body)], i32((passes - 1) * unrolled)
         last = [s for j in range(unrolled) for s in self._step(at, k + j)]
         if self.plan.in_place:
             return [*head, *rolled, *_strewn(last, lines), *stores]
@@ -363,7 +364,7 @@ class _Emitter:
         """Return one step, each product with the loads it waits for."""
         place = {}
         for name, extent in reversed(self.plan.steps.items()):
-            place[name], step = tir.floormod(step, _i32(extent)), tir.floordiv(step, _i32(extent))
+            place[name], step = tir.floormod(step, i32(extent)), tir.floordiv(step, i32(extent))
         out, pending = [], []
         for what, *operands in self.block.step():
             if what == "a":
@@ -371,7 +372,7 @@ class _Emitter:
             elif what == "b":
                 pending.append(self._load_b(at, place, *operands))
             else:
-                out.append(_seq([*pending, self.block.product(*operands)]))
+                out.append(sequence([*pending, self.block.product(*operands)]))
                 pending = []
         return out
 
@@ -381,18 +382,22 @@ class _Emitter:
         y, x = at.tiles[m]
         row, column = (at.row + y) * sh + place["kh"] * dh, x * sw + place["kw"] * dw
         channel = place["ik"] * self.plan.step
+        column_bytes = conv.in_block * conv.window_rows
         if conv.window:
-            index = [at.n, _i32(0), row, x * (sw * conv.in_block) + channel]
+            if conv.window_rows > 1:
+                grain = conv.window_grain
+                row = (at.row + y) * (sh // grain) + place["kh"] * (conv.window_rows // grain)
+            index = [at.n, i32(0), row, x * (sw * column_bytes) + channel]
         elif conv.phases:
             pw = conv.phase_shape[1]
-            phase = tir.floormod(place["kh"] * dh, _i32(sh)) * pw
-            phase += tir.floormod(place["kw"] * dw, _i32(sw))
-            row = at.row + y + tir.floordiv(place["kh"] * dh, _i32(sh))
-            column = x + tir.floordiv(place["kw"] * dw, _i32(sw))
+            phase = tir.floormod(place["kh"] * dh, i32(sh)) * pw
+            phase += tir.floormod(place["kw"] * dw, i32(sw))
+            row = at.row + y + tir.floordiv(place["kh"] * dh, i32(sh))
+            column = x + tir.floordiv(place["kw"] * dw, i32(sw))
             index = [at.n, at.first_block() + place["cb"], phase, row, column, channel]
         else:
             index = [at.n, at.first_block() + place["cb"], row, column, channel]
-        pixel = conv.in_block if conv.window else conv.step_block
+        pixel = column_bytes if conv.window else conv.step_block
         stride = pixel if conv.phases else pixel * sw
         first = tir.BufferLoad(self.source, index)
         return x86_amx.tile_load(tile, first, stride, self.plan.stream == "a")
@@ -400,14 +405,14 @@ class _Emitter:
     def _load_b(self, at: _Place, place: dict[str, Any], n: int, tile: int) -> Any:
         taps = self.conv.ordered(place["kw"], place["cb"])
         rows = self.plan.step // 4
-        tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, _i32(16)) + n
-        index = [tiles, place["kh"], *taps, place["ik"] * rows, _i32(0), _i32(0)]
+        tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, i32(16)) + n
+        index = [tiles, place["kh"], *taps, place["ik"] * rows, i32(0), i32(0)]
         first = tir.BufferLoad(self.weight, index)
         return x86_amx.tile_load(tile, first, 64, self.plan.stream == "b")
 
     def _store(self, half: Any, tile: int) -> Any:
         m, n = divmod(tile, self.plan.n_tiles)
-        index = [half, _i32(n), _i32(m * self.plan.pixels.rows), _i32(0)]
+        index = [half, i32(n), i32(m * self.plan.pixels.rows), i32(0)]
         return x86_amx.tile_store(tile, tir.BufferLoad(self.sums, index), 64)
 
 
@@ -425,9 +430,9 @@ class _Place:
     def of_block(emitter: _Emitter, task: Any, b: Any) -> _Place:
         """Return the place of block `b` of a task."""
         plan = emitter.plan
-        bands, groups, a_block = (_i32(v) for v in (plan.bands, plan.groups, plan.groups_a_block))
+        bands, groups, a_block = (i32(v) for v in (plan.bands, plan.groups, plan.groups_a_block))
         rest, group = tir.floordiv(task, bands), tir.floormod(tir.floordiv(task, bands), groups)
-        lowest = _i32(emitter.conv.work.oh - plan.pixels.height)
+        lowest = i32(emitter.conv.work.oh - plan.pixels.height)
         values = [
             tir.floordiv(rest, groups),
             tir.floordiv(group, a_block),
@@ -439,8 +444,8 @@ class _Place:
         return _Place(emitter, "now", values)
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
-        """Return a place of the values ``make(1, value), make(2, value)...`` of this one's."""
-        return _Place(self.emitter, name, [make(at, v) for at, v in enumerate(self.values, 1)])
+        """Return a place of the values ``make(0, value), make(1, value)...`` of this one's."""
+        return _Place(self.emitter, name, [make(at, v) for at, v in enumerate(self.values)])
 
     def _bind(self, name: str, value: Any) -> Any:
         var = tir.Var(name, compat.dtype_of(value))
@@ -451,8 +456,8 @@ class _Place:
         """The first block of input channels of the group that these channels belong to."""
         conv = self.emitter.conv
         if conv.super_groups == 1:
-            return _i32(0)
-        per_group = _i32(conv.out_blocks // conv.super_groups)
+            return i32(0)
+        per_group = i32(conv.out_blocks // conv.super_groups)
         return tir.floordiv(self.ob, per_group) * conv.in_blocks_per_group
 
     # ------------------------------------------------------------ outputs
@@ -470,7 +475,7 @@ class _Place:
         emitter = self.emitter
         if emitter.scale is None:
             return [None] * emitter.plan.n_tiles
-        ramps = [tir.Ramp(self.channel + 16 * j, _i32(1), LANES) for j in range(self._n)]
+        ramps = [tir.Ramp(self.channel + 16 * j, i32(1), LANES) for j in range(self._n)]
         loads = [tir.BufferLoad(emitter.scale, [self.ob, ramp]) for ramp in ramps]
         return [self._bind(f"scale{j}", load) for j, load in enumerate(loads)]
 
@@ -488,29 +493,29 @@ class _Place:
             pixel = row + emitter.plan.pixels.pixel(y, x, offset)
             places.append(pixel)
             for j in range(self._n):
-                index = [half, _i32(j), _i32(q), tir.Ramp(_i32(0), _i32(1), LANES)]
+                index = [half, i32(j), i32(q), tir.Ramp(i32(0), i32(1), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
                 values.append(self._value(total, scales[j], pixel, j))
         width = 16 * self._n
         if emitter.plan.narrows and epi.out_dtype in INT8_DTYPES:
             low, high = (int(bound) for bound in epi.bounds())
-            words = narrowed(values, epi.out_dtype, epi.out_zero_point, low, high)
+            words = narrowed(values, epi.out_dtype, epi.out_zero_point, low, high, epi.bounded)
             packed = tir.Var("words", compat.dtype_of(words))
             stores = [tir.Bind(packed, words)]
             for p, pixel in enumerate(places):
-                order = [_i32(w) for w in WORDS[p * width // 4 : (p + 1) * width // 4]]
+                order = [i32(w) for w in WORDS[p * width // 4 : (p + 1) * width // 4]]
                 row = tir.reinterpret(f"{epi.out_dtype}x{width}", tir.Shuffle([packed], order))
                 stores.append(self._put(row, pixel, 0, width))
-            return _seq(stores)
+            return sequence(stores)
         stores = []
         for index, value in enumerate(values):
             p, j = divmod(index, self._n)
             stores.append(self._put(_stored(epi, value), places[p], 16 * j, LANES))
-        return _seq(stores)
+        return sequence(stores)
 
     def _put(self, value: Any, pixel: Any, channel: int, width: int) -> Any:
-        ramp = tir.Ramp(self.channel + channel, _i32(1), width)
-        index = [self.n, self.ob, _i32(0), pixel, ramp]
+        ramp = tir.Ramp(self.channel + channel, i32(1), width)
+        index = [self.n, self.ob, i32(0), pixel, ramp]
         return tir.BufferStore(self.emitter.out, value, index)
 
     def _value(self, total: Any, scale: Any, pixel: Any, j: int) -> Any:
@@ -521,10 +526,10 @@ class _Place:
         residual = None
         if emitter.residual is not None:
             conv = emitter.conv
-            channel = tir.Ramp(self.channel + 16 * j, _i32(1), LANES)
+            channel = tir.Ramp(self.channel + 16 * j, i32(1), LANES)
             if conv.out_store != conv.out_block:  # the surplus of the last block is cropped
-                channel = tir.min(channel, _i32(conv.out_store - 1))
-            index = [self.n, self.ob, _i32(0), pixel, channel]
+                channel = tir.min(channel, i32(conv.out_store - 1))
+            index = [self.n, self.ob, i32(0), pixel, channel]
             residual = tir.BufferLoad(emitter.residual, index)
         return real_value(epi, total, scale, residual)
 

@@ -26,7 +26,7 @@ from ..kernel import Blocks, Kernel, MatmulPacking
 from ..layout import Layout
 from ..strategy import Decision
 from ..target import Features, features
-from ..workload import INT8_DTYPES
+from ..workload import INT8_DTYPES, known_bounded
 from .convert_layout import ConvertLayout
 
 _OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
@@ -70,9 +70,18 @@ def decide(call: relax.Call, feats: Features) -> Decision:
     if isinstance(weight, GenericConst) and not work.is_float:
         values = weight.value.numpy()
         work = replace(work, weight_range=(int(values.min()), int(values.max())))
+        named = op.operands(call)
+        bias, scale = (_constant(named[name]) for name in ("bias", "scale"))
+        bounded = known_bounded(work, bias, scale)
+        work = work.with_epilogue(replace(work.epilogue, bounded=bounded))
     if is_conv:
         return strategy.conv2d(work, feats, "NHWC" if is_nhwc(call) else "NCHWc")
     return strategy.matmul(work, feats)
+
+
+def _constant(expr: Any) -> np.ndarray | None:
+    """Return the value of a constant, None for anything else."""
+    return expr.value.numpy() if isinstance(expr, GenericConst) else None
 
 
 def is_nhwc(call: relax.Call) -> bool:
