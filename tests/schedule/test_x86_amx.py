@@ -90,7 +90,7 @@ STRIDED = {
     "one_tap": conv(130, (14, 14), 40, strides=(2, 2)),
     "three_taps": conv(70, (15, 13), 33, (3, 3), strides=(2, 2), padding=SAME),
     "groups": conv(128, (14, 15), 128, (3, 3), strides=(2, 2), padding=(0, 1, 1, 0), groups=2),
-    "dilated": conv(20, (17, 16), 20, (3, 3), strides=(2, 3), padding=(2, 2, 2, 2), dilation=(2, 2)),
+    "dilated": conv(20, (17, 16), 20, (3, 3), strides=(2, 3), padding=(2,) * 4, dilation=(2, 2)),
     "large_stride": conv(20, (21, 22), 20, (2, 5), strides=(4, 3), n=3),
 }
 
