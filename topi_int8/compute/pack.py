@@ -30,8 +30,11 @@ def pack_weight(conv: PackedConv2d, weight: Any) -> Any:
         channel = cb * conv.step_block + ik * conv.k + kk
         inside = [oc < w.oc]
         if conv.window:
-            kw, channel = tir.floordiv(channel, conv.in_block), tir.floormod(channel, conv.in_block)
-            inside += [channel < w.ic, kw < w.kw]
+            tap = tir.floordiv(channel, conv.in_block)
+            channel = tir.floormod(channel, conv.in_block)
+            kw, row = tir.floordiv(tap, conv.window_rows), tir.floormod(tap, conv.window_rows)
+            kh = kh * conv.window_rows + row
+            inside += [channel < w.ic, kw < w.kw, kh < w.kh]
         else:
             if conv.widened:
                 block = tir.floordiv(channel, conv.widened)

@@ -3,10 +3,10 @@
 """Convolution on AMX as a software pipeline: a block's products beside the last one's outputs.
 
 A block is up to 2x2, 1x4 or 4x1 tiles of sums: `m_tiles` of `rows` pixels each by `n_tiles` of 16
-channels. Its sums start from the bias, are stored to one of two small buffers, and become outputs
-while the next block's products run: between two tile instructions stand a few vector ones, so that
-neither unit waits for the other, although the window of out-of-order execution is shorter than a
-block.
+channels. Its sums start from the bias, are stored to a small buffer during the next block's first
+step, each tile just before it starts anew, and become outputs while the rest of that block's
+products run: between two tile instructions stand a few vector ones, so that neither unit waits for
+the other, although the window of out-of-order execution is shorter than a block.
 
 Pixels. With stride 1 the (padded) image is one row of virtual pixels: output (y, x) is number
 ``y * width + x``, a tap is a constant offset, and tiles start anywhere. The columns between two
@@ -42,8 +42,8 @@ from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
-# Steps of a reduction from which a block's sums take the place of the last one's.
-IN_PLACE = 3
+# Steps of a reduction from which a block's sums are stored during the next block.
+LATE = 2
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,17 @@ class Pipeline:
         return count
 
     @property
-    def in_place(self) -> bool:
-        """Whether a block's sums take the place of those that have just been read.
+    def stores_late(self) -> bool:
+        """Whether a block's sums are stored during the first step of the next block.
 
-        It leaves a short reduction no time for all that must be read before the first store.
+        A single step leaves no time to make outputs of them.
         """
-        return math.prod(self.steps.values()) >= IN_PLACE
+        return math.prod(self.steps.values()) >= LATE
 
     @property
     def buffers(self) -> int:
         """Blocks of sums in memory."""
-        return 1 if self.in_place else 2
+        return 1 if self.stores_late else 2
 
     @property
     def groups(self) -> int:
@@ -301,7 +301,7 @@ class _Emitter:
         part = i32(0)
         if plan.buffers > 1:
             part = tir.Select(none, i32(0), 1 - self._carried(last))
-        lines = before.lines(part if plan.in_place else 1 - part)
+        lines = before.lines(part if plan.stores_late else 1 - part)
         body = [
             *now.binds, *before.binds,
             *self._sums(now, part, lines),
@@ -313,7 +313,10 @@ class _Emitter:
         )
         final = now.copy("final", lambda at, _: self._carried(at))
         outputs = final.lines(self._carried(last))
-        drain = tir.IfThenElse(self._carried(0) >= 0, sequence([*final.binds, *outputs]), None)
+        tiles = range(self.block.c_tiles if plan.stores_late else 0)
+        stores = [self._store(i32(0), tile) for tile in tiles]
+        drained = sequence([*stores, *final.binds, *outputs])
+        drain = tir.IfThenElse(self._carried(0) >= 0, drained, None)
         steps = [
             x86_amx.configure(self.block),
             self._carry(0, i32(-1)),
@@ -334,22 +337,26 @@ class _Emitter:
     def _carry(self, at: int, value: Any) -> Any:
         return tir.BufferStore(self.carried, value, [i32(at)])
 
-    def _sums(self, at: _Place, half: Any, lines: list[Any]) -> list[Any]:
+    def _sums(self, at: _Place, part: Any, lines: list[Any]) -> list[Any]:
         """Return a block's products and the stores of its sums, with `lines` strewn among them."""
-        plan, block = self.plan, self.block
-        total, unrolled = math.prod(plan.steps.values()), plan.unrolled
-        head = [self._start(at, tile) for tile in range(block.c_tiles)]
-        passes = total // unrolled
-        stores = [self._store(half, tile) for tile in range(block.c_tiles)]
-        rolled, k = [], i32(0)
-        if passes > 1:
-            var = tir.Var("k", "int32")
-            body = [s for j in range(unrolled) for s in self._step(at, var * unrolled + j)]
-            rolled, k = [loop(var, passes - 1, body)], i32((passes - 1) * unrolled)
-        last = [s for j in range(unrolled) for s in self._step(at, k + j)]
-        if self.plan.in_place:
-            return [*head, *rolled, *_strewn(last, lines), *stores]
-        return [*head, *rolled, *_strewn([*last, *stores], lines)]
+        plan, tiles = self.plan, range(self.block.c_tiles)
+        unrolled, total = plan.unrolled, math.prod(plan.steps.values())
+        stores = [self._store(part, tile) for tile in tiles]
+        starts = [self._start(at, tile) for tile in tiles]
+        if not plan.stores_late:
+            step = [s for j in range(total) for s in self._step(at, i32(j))]
+            return [*starts, *_strewn([*step, *stores], lines)]
+        # A tile is stored just before it starts anew, so that the other tiles' products cover it.
+        order = [m * plan.n_tiles + n for what, m, n in self.block.step() if what == "dot"]
+        head = [
+            sequence([stores[tile], starts[tile], product])
+            for tile, product in zip(order, self._step(at, i32(0)), strict=True)
+        ]
+        rest = [s for j in range(1, unrolled) for s in self._step(at, i32(j))]
+        passes, k = total // unrolled, tir.Var("k", "int32")
+        body = [s for j in range(unrolled) for s in self._step(at, k * unrolled + j)]
+        rolled = [loop(k, passes - 1, body, first=1)] if passes > 1 else []
+        return [*head, *_strewn(rest, lines), *rolled]
 
     # ------------------------------------------------------------ tile instructions
 
@@ -544,6 +551,8 @@ def _stored(epi: Any, value: Any) -> Any:
 
 def _strewn(stmts: list[Any], lines: list[Any]) -> list[Any]:
     """Return the statements with the lines spread evenly behind them."""
+    if not stmts:
+        return lines
     out, done = [], 0
     for i, stmt in enumerate(stmts, 1):
         upto = len(lines) * i // len(stmts)
