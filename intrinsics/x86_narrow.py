@@ -29,6 +29,22 @@ _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
 # Adding 1.5 * 2**23 to a float32 rounds it to an integer, which is then in its low bits.
 ROUND = 12582912.0
 ROUND_BITS = 0x4B400000  # its bit pattern; the low byte is 0
+
+
+def shifted(values: Any, zero_point: int) -> Any:
+    """Return float32x16 of ``values - zero_point``, exactly, for 16 values of 8 bits.
+
+    Where there is a zero point both operations on it are additions, for which beside AMX there are
+    two ports: of integers, to the bits of 1.5 * 2**23, and of floats.
+    """
+    wide = values.astype(f"int32x{LANES}")
+    if not zero_point:
+        return wide.astype(f"float32x{LANES}")
+    bits = wide + tir.Broadcast(tir.const(ROUND_BITS, "int32"), LANES)
+    base = tir.Broadcast(tir.const(ROUND + zero_point, "float32"), LANES)
+    return tir.reinterpret(f"float32x{LANES}", bits) - base
+
+
 # The 32-bit word at which `narrowed` leaves each group of four values.
 WORDS = tuple(4 * (w % 4) + w // 4 for w in range(16))
 

@@ -32,7 +32,7 @@ from tvm import te
 
 from intrinsics import compat, x86_amx
 from intrinsics.compat import i32, loop, sequence, tir
-from intrinsics.x86_narrow import LANES, WORDS, narrowed
+from intrinsics.x86_narrow import LANES, WORDS, narrowed, shifted
 
 from ..compute.conv2d import PackedConv2d, pad_stage
 from ..compute.epilogue import Operands, clip_value, real_value, stored_value
@@ -208,6 +208,15 @@ class Pipeline:
         return math.prod(self.steps.values()) >= LATE
 
     @property
+    def prefetches(self) -> bool:
+        """Whether the next group's weights are fetched into the second-level cache.
+
+        A network's weights are rarely in it, and one or two blocks do not use a group's often
+        enough to hide that.
+        """
+        return self.pixels.blocks <= 2
+
+    @property
     def buffers(self) -> int:
         """Blocks of sums in memory."""
         return 1 if self.stores_late else 2
@@ -372,7 +381,7 @@ class _Emitter:
         place = {}
         for name, extent in reversed(self.plan.steps.items()):
             place[name], step = tir.floormod(step, i32(extent)), tir.floordiv(step, i32(extent))
-        out, pending = [], []
+        out, pending = [], self._prefetch(at, place) if self.plan.prefetches else []
         for what, *operands in self.block.step():
             if what == "a":
                 pending.append(self._load_a(at, place, *operands))
@@ -410,12 +419,29 @@ class _Emitter:
         return x86_amx.tile_load(tile, first, stride, self.plan.stream == "a")
 
     def _load_b(self, at: _Place, place: dict[str, Any], n: int, tile: int) -> Any:
-        taps = self.conv.ordered(place["kw"], place["cb"])
-        rows = self.plan.step // 4
-        tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, i32(16)) + n
-        index = [tiles, place["kh"], *taps, place["ik"] * rows, i32(0), i32(0)]
-        first = tir.BufferLoad(self.weight, index)
+        first = self._weight(at, place, n, 0)
         return x86_amx.tile_load(tile, first, 64, self.plan.stream == "b")
+
+    def _weight(self, at: _Place, place: dict[str, Any], n: Any, row: int) -> Any:
+        """Return the first element of a row of the group's n-th tile of weights."""
+        taps = self.conv.ordered(place["kw"], place["cb"])
+        tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, i32(16)) + n
+        rows = place["ik"] * (self.plan.step // 4) + row
+        return tir.BufferLoad(
+            self.weight, [tiles, place["kh"], *taps, rows, i32(0), i32(0)]
+        )
+
+    def _prefetch(self, at: _Place, place: dict[str, Any]) -> list[Any]:
+        """Return the prefetches of a step's weights for the next group of channels.
+
+        With two blocks, the first asks for the first tile, the second for the second.
+        """
+        own = range(self.plan.n_tiles) if self.plan.pixels.blocks == 1 else [at.block]
+        lines = [(tile, row) for tile in own for row in range(self.plan.step // 4)]
+        return [
+            x86_amx.prefetch(self._weight(at, place, self.plan.n_tiles + tile, row))
+            for tile, row in lines
+        ]
 
     def _store(self, half: Any, tile: int) -> Any:
         m, n = divmod(tile, self.plan.n_tiles)
@@ -428,6 +454,7 @@ class _Place:
 
     def __init__(self, emitter: _Emitter, name: str, values: list[Any]) -> None:
         self.emitter, self.name = emitter, name
+        self.block: Any = None  # of its task
         self.binds: list[Any] = []
         self.values = [self._bind(f"{name}{at}", value) for at, value in enumerate(values)]
         self.n, self.ob, self.channel, self.row, *tiles = self.values
@@ -448,7 +475,9 @@ class _Place:
         ]
         for m in range(plan.m_tiles):
             values += plan.pixels.first(b * plan.m_tiles + m)
-        return _Place(emitter, "now", values)
+        place = _Place(emitter, "now", values)
+        place.block = b
+        return place
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
         """Return a place of the values ``make(0, value), make(1, value)...`` of this one's."""
@@ -538,6 +567,8 @@ class _Place:
                 channel = tir.min(channel, i32(conv.out_store - 1))
             index = [self.n, self.ob, i32(0), pixel, channel]
             residual = tir.BufferLoad(emitter.residual, index)
+            if emitter.plan.narrows and epi.residual_dtype in INT8_DTYPES:
+                residual = shifted(residual, epi.residual_zero_point)
         return real_value(epi, total, scale, residual)
 
 
