@@ -6,6 +6,9 @@ On a CPU without AMX the tiles are emulated, and the rest of the kernel is AVX2.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -220,3 +223,31 @@ def test_block_fits_the_registers_and_divides_the_shape(work):
                     assert pixel == (row + y) * work.ow + x
                     seen.add(first * work.ow + pixel)
     assert seen == set(range(work.oh * work.ow))
+
+
+# ---- threads
+
+_SHARED_OUT = """
+from tests.grid import EPILOGUES, SAME, conv
+from tests.kernels import check
+
+for work in (
+    conv(128, (14, 14), 128, (3, 3), padding=SAME),
+    conv(64, (30, 31), 64, (3, 3), padding=SAME),
+    conv(64, (56, 56), 256),
+    conv(3, (64, 64), 64, (7, 7), strides=(2, 2), padding=(3, 3, 3, 3), n=2),
+    conv(130, (28, 28), 300, (3, 3), strides=(2, 2), padding=SAME),
+):
+    built = check(work.with_epilogue(EPILOGUES["u8_residual_u8"]), "{isa}")
+    print(built.kernel.plan.pipeline.tasks)
+"""
+
+
+def test_threads_share_nothing():
+    """Four threads, whatever this process has: each needs its own sums and tile state."""
+    program = _SHARED_OUT.format(isa=ISA)
+    environment = os.environ | {"TVM_NUM_THREADS": "4", "TVM_BIND_THREADS": "0"}
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert max(int(line) for line in ran.stdout.split()) > 1

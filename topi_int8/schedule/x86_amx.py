@@ -12,6 +12,7 @@ from typing import Any
 
 from ..compute.conv2d import PackedConv2d
 from ..workload import Conv2dWorkload
+from .stages import divisors
 from .x86_amx_pipeline import Bands, Pipeline
 
 
@@ -50,8 +51,11 @@ RESIDENT = 40 << 10
 LONG = 8
 # Steps up to which making outputs takes longer than the products.
 SHORT = 4
-# Tasks that are worth having, and blocks that each should have to fill its pipeline.
-TASKS, BLOCKS_A_TASK = 16, 4
+# Tasks of a kernel at the most, and multiply-accumulates that one should have: some 8 us. To start
+# a task, and to empty its pipeline, takes 0.2 us.
+TASKS, MACS_A_TASK = 32, 12 << 20
+# Blocks that a band of rows should have at least.
+BLOCKS_A_PART = 4
 
 
 def choose_tiles(conv: PackedConv2d) -> tuple[int, int, str]:
@@ -86,12 +90,12 @@ def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     """
     m, n, stream = choose_tiles(conv)
     plan = Pipeline(conv, m, n, stream=stream, narrows=narrows)
-    each = conv.work.n * plan.groups
-    if each >= TASKS:
-        return plan
-    limit = min(-(-TASKS // each), conv.work.oh, max(1, plan.pixels.blocks // BLOCKS_A_TASK))
+    most = max(1, min(TASKS, conv.work.macs // MACS_A_TASK))
+    wanted = -(-most // plan.parts)
+    limit = min(wanted, conv.work.oh, max(1, plan.pixels.blocks // BLOCKS_A_PART))
     height = -(-conv.work.oh // limit)
-    return replace(plan, bands=-(-conv.work.oh // height))
+    plan = replace(plan, bands=-(-conv.work.oh // height))
+    return replace(plan, tasks=max(divisors(plan.parts, most)))
 
 
 @dataclass(frozen=True)

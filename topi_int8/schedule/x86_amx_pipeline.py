@@ -146,7 +146,9 @@ class Pipeline:
     m_tiles, n_tiles : int
         Tiles of a block.
     bands : int
-        Bands of output rows that are tasks of their own.
+        Bands of output rows; a part is a group of `n_tiles` tiles of channels in one band.
+    tasks : int
+        Tasks that share out the parts of all images; divides their number.
     stream : str
         "a" or "b": the operand that is loaded past the first-level cache, data or weights, to leave
         that to the other; "": neither.
@@ -158,6 +160,7 @@ class Pipeline:
     m_tiles: int
     n_tiles: int
     bands: int = 1
+    tasks: int = 1
     stream: str = ""
     narrows: bool = False
 
@@ -220,6 +223,11 @@ class Pipeline:
     def buffers(self) -> int:
         """Blocks of sums in memory."""
         return 1 if self.stores_late else 2
+
+    @property
+    def parts(self) -> int:
+        """Bands of groups of channels, of all images."""
+        return self.conv.work.n * self.groups * self.bands
 
     @property
     def groups(self) -> int:
@@ -294,14 +302,15 @@ class _Emitter:
         self.sums = tir.decl_buffer((plan.buffers, plan.n_tiles, count, LANES), "int32", "sums")
         # The place of the block before (its image is -1 where there was none), and its part of
         # `sums`.
-        self.carried = tir.decl_buffer((5 + 2 * plan.m_tiles,), "int32", "carried", scope="local")
+        self.carried = tir.decl_buffer((5 + 2 * plan.m_tiles,), "int32", "carried")
 
     def statement(self) -> Any:
-        """Return what every thread does: its share of the tasks, in one pipeline."""
+        """Return the parallel loop over tasks, each a pipeline over its share of the image."""
         plan = self.plan
-        tasks = self.conv.work.n * plan.groups * plan.bands
-        task, b = tir.Var("task", "int32"), tir.Var("b", "int32")
-        now = _Place.of_block(self, task, b)
+        share = plan.parts // plan.tasks
+        task, each = tir.Var("task", "int32"), tir.Var("each", "int32")
+        b = tir.Var("b", "int32")
+        now = _Place.of_block(self, task * share + each, b)
         # The first time round this makes outputs of what is not there yet, in the block's own
         # place, where they are made again.
         none = self._carried(0) < 0
@@ -317,9 +326,7 @@ class _Emitter:
             self._carry(last, part),
             *(self._carry(at, value) for at, value in enumerate(now.values)),
         ]
-        shared_out = loop(
-            task, tasks, [loop(b, plan.pixels.blocks, body)], parallel=tasks > 1
-        )
+        whole = loop(each, share, [loop(b, plan.pixels.blocks, body)])
         final = now.copy("final", lambda at, _: self._carried(at))
         outputs = final.lines(self._carried(last))
         tiles = range(self.block.c_tiles if plan.stores_late else 0)
@@ -329,16 +336,14 @@ class _Emitter:
         steps = [
             x86_amx.configure(self.block),
             self._carry(0, i32(-1)),
-            shared_out,
+            whole,
             drain,
             x86_amx.release(),
         ]
         buffers = [self.sums, self.carried]
-        block = compat.Block([], [], [], "thread", sequence(steps), None, buffers, [], {})
-        realize = compat.BlockRealize([], True, block)
-        if tasks == 1:
-            return realize
-        return tir.AttrStmt(i32(0), "pragma_parallel_launch_point", i32(1), realize)
+        block = compat.Block([], [], [], "task", sequence(steps), None, buffers, [], {})
+        inner = [compat.BlockRealize([], True, block)]
+        return loop(task, plan.tasks, inner, parallel=plan.tasks > 1)
 
     def _carried(self, at: int) -> Any:
         return tir.BufferLoad(self.carried, [i32(at)])
@@ -461,17 +466,17 @@ class _Place:
         self.tiles = list(zip(tiles[::2], tiles[1::2], strict=True))
 
     @staticmethod
-    def of_block(emitter: _Emitter, task: Any, b: Any) -> _Place:
-        """Return the place of block `b` of a task."""
+    def of_block(emitter: _Emitter, part: Any, b: Any) -> _Place:
+        """Return the place of block `b` of a part."""
         plan = emitter.plan
         bands, groups, a_block = (i32(v) for v in (plan.bands, plan.groups, plan.groups_a_block))
-        rest, group = tir.floordiv(task, bands), tir.floormod(tir.floordiv(task, bands), groups)
+        rest, group = tir.floordiv(part, bands), tir.floormod(tir.floordiv(part, bands), groups)
         lowest = i32(emitter.conv.work.oh - plan.pixels.height)
         values = [
             tir.floordiv(rest, groups),
             tir.floordiv(group, a_block),
             tir.floormod(group, a_block) * (16 * plan.n_tiles),
-            tir.min(tir.floormod(task, bands) * plan.pixels.height, lowest),
+            tir.min(tir.floormod(part, bands) * plan.pixels.height, lowest),
         ]
         for m in range(plan.m_tiles):
             values += plan.pixels.first(b * plan.m_tiles + m)
