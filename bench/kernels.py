@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm.target import Target
 
-from topi_int8.workload import Conv2dWorkload, known_bounded
+from topi_int8.workload import Conv2dWorkload, with_known_bounds
 
 from .place import HERE, Place
 from .timing import Sampler, evaluator_sampler
@@ -96,8 +96,7 @@ def build(workload: Workload, target: Target, seed: int = 0, place: Place = HERE
     strategy = importlib.import_module("topi_int8.strategy")
     conv = isinstance(workload, Conv2dWorkload)
     operands = random_operands(workload, seed)
-    bounded = known_bounded(workload, operands.bias, operands.scale)
-    workload = workload.with_epilogue(replace(workload.epilogue, bounded=bounded))
+    workload = with_known_bounds(workload, operands.bias, operands.scale)
     decision = (strategy.conv2d if conv else strategy.matmul)(workload, target)
     kernel = decision.kernel()
     func = kernel.func.with_attr("global_symbol", "main")

@@ -141,6 +141,13 @@ def call_statement(llvm_name: str, *args: Any) -> Any:
     return tir.Evaluate(tir.call_llvm_intrin("void", *operands))
 
 
+def pure_call(llvm_name: str, dtype: str, *args: Any) -> Any:
+    """Return a call of an LLVM intrinsic that has no side effects."""
+    ident = tvm.target.codegen.llvm_lookup_intrinsic_id(llvm_name)
+    signature = [] if IS_RELAX else [tir.const(len(args), "uint32")]
+    return tir.call_llvm_pure_intrin(dtype, tir.const(ident, "uint32"), *signature, *args)
+
+
 def extern_statement(name: str, *args: int) -> Any:
     """Return a statement that calls a C function with int64 arguments."""
     values = [tir.const(a, "int64") for a in args]
@@ -214,12 +221,7 @@ def unknown_to_llvm(value: int) -> Any:
     The value, plus 65536 if this function had no return address: loops of a known bound are
     unrolled to it. LLVM has metadata for loops to leave alone; TVM emits none.
     """
-    ident = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.returnaddress")
-    signature = [] if IS_RELAX else [tir.const(1, "uint32")]
-    level = tir.const(0, "int32")
-    caller = tir.call_llvm_pure_intrin(
-        "handle", tir.const(ident, "uint32"), *signature, level
-    )
+    caller = pure_call("llvm.returnaddress", "handle", i32(0))
     # A Select, because TE's bounds can tell the smallest and the largest value of one.
     more = tir.Select(tir.isnullptr(caller), tir.const(65536, "int32"), tir.const(0, "int32"))
     return tir.const(value, "int32") + more
@@ -229,6 +231,4 @@ def rewrite_root(body: Any, rewrite: Any) -> Any:
     """Return a PrimFunc body whose root block's statements are ``rewrite([stmt, ...])``."""
     block = body.block
     stmts = list(block.body) if isinstance(block.body, tir.SeqStmt) else [block.body]
-    stmts = rewrite(stmts)
-    inner = tir.SeqStmt(stmts) if len(stmts) > 1 else stmts[0]
-    return _with_block_body(body, inner)
+    return _with_block_body(body, sequence(rewrite(stmts)))

@@ -19,10 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
-
-from . import compat
-from .compat import tir
+from .compat import pure_call, tir
 
 LANES = 16
 _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -47,12 +44,6 @@ def shifted(values: Any, zero_point: int) -> Any:
 
 # The 32-bit word at which `narrowed` leaves each group of four values.
 WORDS = tuple(4 * (w % 4) + w // 4 for w in range(16))
-
-
-def _pure(name: str, dtype: str, *args: Any) -> Any:
-    ident = tir.const(tvm.target.codegen.llvm_lookup_intrinsic_id(name), "uint32")
-    signature = [] if compat.IS_RELAX else [tir.const(len(args), "uint32")]
-    return tir.call_llvm_pure_intrin(dtype, ident, *signature, *args)
 
 
 def narrowed(
@@ -96,11 +87,11 @@ def narrowed(
     whole = [tir.reinterpret(f"int32x{LANES}", value + magic) + shift for value in clipped]
     # A lone vector, and a lone pair, has itself for a partner.
     halves = [
-        _pure("llvm.x86.avx512.packssdw.512", "int16x32", first, second)
+        pure_call("llvm.x86.avx512.packssdw.512", "int16x32", first, second)
         for first, second in zip(whole[::2], whole[1::2] or whole, strict=True)
     ]
     pack = "packuswb" if dtype == "uint8" else "packsswb"
-    packed = _pure(f"llvm.x86.avx512.{pack}.512", f"{dtype}x64", halves[0], halves[-1])
+    packed = pure_call(f"llvm.x86.avx512.{pack}.512", f"{dtype}x64", halves[0], halves[-1])
     if bounded and low > least:
         packed = tir.max(packed, many(tir.const(low, dtype), 64))
     if high < most:

@@ -265,6 +265,13 @@ class MatmulWorkload:
         return self.data_dtype == "float32"
 
 
+def with_known_bounds(
+    work: Conv2dWorkload | MatmulWorkload, bias: np.ndarray | None, scale: np.ndarray | None
+) -> Conv2dWorkload | MatmulWorkload:
+    """Return the workload with `Epilogue.bounded` as `known_bounded` finds it."""
+    return work.with_epilogue(replace(work.epilogue, bounded=known_bounded(work, bias, scale)))
+
+
 def known_bounded(
     work: Conv2dWorkload | MatmulWorkload, bias: np.ndarray | None, scale: np.ndarray | None
 ) -> bool:

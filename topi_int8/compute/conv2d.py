@@ -243,6 +243,13 @@ class PackedConv2d:
         """Blocks of input channels that one output channel sums over."""
         return self.in_blocks // self.super_groups
 
+    def first_in_block(self, ob: Any) -> Any:
+        """Return the first block of input channels that a block of output channels sums over."""
+        if self.super_groups == 1:
+            return 0
+        per_group = self.out_blocks // self.super_groups
+        return tir.floordiv(ob, per_group) * self.in_blocks_per_group
+
     def ordered(self, kw: Any, blocks: Any) -> tuple[Any, Any]:
         """Return what belongs to kw and to the blocks of ic in the order of the reduction."""
         return (blocks, kw) if self.kw_inside else (kw, blocks)
@@ -258,6 +265,11 @@ class PackedConv2d:
             self.out_blocks * self.out_block // self.lanes,
             self.taps_h, *taps, self.step_block // self.k, self.lanes, self.k,
         )  # fmt: skip
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output (n, blocks, rows, columns, stored channels)."""
+        return (self.work.n, self.out_blocks, self.work.oh, self.work.ow, self.out_store)
 
     @property
     def data_zero_point(self) -> int:
@@ -394,17 +406,11 @@ def accumulate(
     source = pad_stage(conv, data) if conv.needs_pad else data
     sh, sw = w.strides
     dh, dw = w.dilation
-    out_blocks_per_group = conv.out_blocks // conv.super_groups
     cb = reduce_axis("cb", conv.in_blocks_per_group, rolled)
     kh, kw = reduce_axis("kh", conv.taps_h, rolled), reduce_axis("kw", conv.taps_w, rolled)
     ik = reduce_axis("ik", conv.step_block // conv.k, rolled)
     kk = te.reduce_axis((0, conv.k // (PARTIALS if conv.partial else 1)), "kk")
     vectors = conv.out_block // conv.lanes
-
-    def first_block(ob: Any) -> Any:
-        if conv.super_groups == 1:
-            return 0
-        return tir.floordiv(ob, out_blocks_per_group) * conv.in_blocks_per_group
 
     def product(n: Any, ob: Any, y: Any, x: Any, o: Any, *part: Any) -> Any:
         row, column = y * sh + kh * dh, x * sw + kw * dw
@@ -418,7 +424,7 @@ def accumulate(
         if conv.window:
             a = source[n, cb, row, x * (sw * conv.in_block) + channel]
         else:
-            a = source[n, first_block(ob) + cb, row, column, channel]
+            a = source[n, conv.first_in_block(ob) + cb, row, column, channel]
         vec, lane = tir.floordiv(o, conv.lanes), tir.floormod(o, conv.lanes)
         taps = conv.ordered(kw, cb)
         b = weight[(ob * vectors + vec, kh, *taps, ik, lane, within)]
@@ -435,15 +441,22 @@ def accumulate(
     )
 
 
-def conv2d(conv: PackedConv2d) -> list[Any]:
-    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution."""
-    w, epi = conv.work, conv.work.epilogue
-    acc_dtype = "float32" if w.is_float else "int32"
+def declare(conv: PackedConv2d) -> tuple[Any, Any, Operands]:
+    """Return placeholders: data, weight, and what the epilogue reads."""
+    w = conv.work
     data = te.placeholder((w.n, conv.in_blocks, w.ih, w.iw, conv.in_block), w.data_dtype, "data")
     weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
-    out_shape = (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store)
-    channel_shape = (conv.out_blocks, conv.out_block)
-    operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channel_shape, out_shape)
+    operands = Operands.declare(
+        w.epilogue, conv.folds_bias, "float32" if w.is_float else "int32",
+        (conv.out_blocks, conv.out_block), conv.out_shape,
+    )  # fmt: skip
+    return data, weight, operands
+
+
+def conv2d(conv: PackedConv2d) -> list[Any]:
+    """Return the TE tensors [data, weight, (bias), (scale), (residual), out] of the convolution."""
+    w = conv.work
+    data, weight, operands = declare(conv)
     acc = accumulate(conv, data, weight)
 
     def store(n: Any, ob: Any, y: Any, x: Any, o: Any) -> Any:
@@ -465,7 +478,7 @@ def conv2d(conv: PackedConv2d) -> list[Any]:
             index = (0, y * conv.padded_width + x) if conv.flat else (y, x)
             return stored[(n, ob, *index, o)]
 
-        out = te.compute(out_shape, crop, name="crop")
+        out = te.compute(conv.out_shape, crop, name="crop")
     return [data, weight, *operands.present, out]
 
 

@@ -34,21 +34,19 @@ from intrinsics import compat, x86_amx
 from intrinsics.compat import i32, loop, sequence, tir
 from intrinsics.x86_narrow import LANES, WORDS, narrowed, shifted
 
-from ..compute.conv2d import PackedConv2d, pad_stage
-from ..compute.epilogue import Operands, clip_value, real_value, stored_value
+from ..compute.conv2d import PackedConv2d, declare, pad_stage
+from ..compute.epilogue import apply, real_value
 from ..workload import INT8_DTYPES
 from .stages import copy_stage, divisors
 from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
-# Steps of a reduction from which a block's sums are stored during the next block.
-LATE = 2
 
 
 @dataclass(frozen=True)
 class Bands:
-    """How a task's pixels become tiles.
+    """How a band's pixels become tiles.
 
     Parameters
     ----------
@@ -168,7 +166,7 @@ class Pipeline:
 
     @cached_property
     def pixels(self) -> Bands:
-        """How the pixels of a task become tiles."""
+        """How the pixels of a band become tiles."""
         return Bands(self.conv, self.m_tiles, self.bands)
 
     @property
@@ -193,6 +191,11 @@ class Pipeline:
         return dict((("kh", conv.taps_h), *taps, ("ik", conv.step_block // self.step)))
 
     @property
+    def depth(self) -> int:
+        """Steps of the reduction."""
+        return math.prod(self.steps.values())
+
+    @property
     def unrolled(self) -> int:
         """Steps of one pass of the loop over the reduction."""
         count = 1
@@ -208,7 +211,7 @@ class Pipeline:
 
         A single step leaves no time to make outputs of them.
         """
-        return math.prod(self.steps.values()) >= LATE
+        return self.depth > 1
 
     @property
     def prefetches(self) -> bool:
@@ -239,26 +242,17 @@ class Pipeline:
         """Groups of output channels in a block of the output's layout."""
         return self.conv.out_block // (16 * self.n_tiles)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of what is stored (n, blocks, rows, columns, channels)."""
-        conv = self.conv
-        return (conv.work.n, conv.out_blocks, conv.work.oh, conv.work.ow, conv.out_block)
-
     # ------------------------------------------------------------ the function
 
     def schedule(self, ask_permission: bool) -> Any:
         """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
-        conv, work, epi = self.conv, self.conv.work, self.conv.work.epilogue
-        shape = (work.n, conv.in_blocks, work.ih, work.iw, conv.in_block)
-        data = te.placeholder(shape, work.data_dtype, "data")
-        weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
-        stored = (*self.shape[:-1], conv.out_store)
-        channels = (conv.out_blocks, conv.out_block)
-        operands = Operands.declare(epi, conv.folds_bias, "int32", channels, stored)
-        source = data
-        if conv.needs_pad:
-            source = woven(conv, data) if weaves(conv) else pad_stage(conv, data)
+        conv = self.conv
+        data, weight, operands = declare(conv)
+        source, copies = data, []
+        if weaves(conv):
+            source = woven(conv, data)
+        elif conv.needs_pad:
+            source, copies = pad_stage(conv, data), ["pad"]
 
         def emit(ins: list[Any], outs: list[Any]) -> Any:
             present = iter(ins[2:])
@@ -267,18 +261,16 @@ class Pipeline:
             return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
 
         inputs = [source, weight, *operands.present]
-        out = te.extern(self.shape, inputs, emit, name="out", dtype=epi.out_dtype)
-        if conv.out_store != conv.out_block:
-            full = out
-            out = te.compute(stored, lambda *at: full[at], name="crop")
+        shape = (*conv.out_shape[:-1], conv.out_block)
+        full = te.extern(shape, inputs, emit, name="out", dtype=conv.work.epilogue.out_dtype)
+        out = full
+        if conv.crops:
+            out = te.compute(conv.out_shape, lambda *at: full[at], name="crop")
+            copies.append("crop")
         func = te.create_prim_func([data, weight, *operands.present, out])
-        copies = [
-            ("pad", conv.needs_pad and not weaves(conv)),
-            ("crop", conv.out_store != conv.out_block),
-        ]
-        if wanted := [name for name, needed in copies if needed]:
+        if copies:
             sch = compat.Schedule(func)
-            for name in wanted:
+            for name in copies:
                 copy_stage(sch, compat.get_block(sch, name))
             func = sch.mod["main"]
         if ask_permission:
@@ -316,10 +308,11 @@ class _Emitter:
         none = self._carried(0) < 0
         before = now.copy("before", lambda at, value: tir.Select(none, value, self._carried(at)))
         last = len(now.values)  # where `carried` has the part of `sums` that was stored last
-        part = i32(0)
-        if plan.buffers > 1:
+        part = read = i32(0)
+        if not plan.stores_late:
             part = tir.Select(none, i32(0), 1 - self._carried(last))
-        lines = before.lines(part if plan.stores_late else 1 - part)
+            read = 1 - part
+        lines = before.lines(read)
         body = [
             *now.binds, *before.binds,
             *self._sums(now, part, lines),
@@ -354,11 +347,11 @@ class _Emitter:
     def _sums(self, at: _Place, part: Any, lines: list[Any]) -> list[Any]:
         """Return a block's products and the stores of its sums, with `lines` strewn among them."""
         plan, tiles = self.plan, range(self.block.c_tiles)
-        unrolled, total = plan.unrolled, math.prod(plan.steps.values())
+        unrolled = plan.unrolled
         stores = [self._store(part, tile) for tile in tiles]
         starts = [self._start(at, tile) for tile in tiles]
         if not plan.stores_late:
-            step = [s for j in range(total) for s in self._step(at, i32(j))]
+            step = [s for j in range(plan.depth) for s in self._step(at, i32(j))]
             return [*starts, *_strewn([*step, *stores], lines)]
         # A tile is stored just before it starts anew, so that the other tiles' products cover it.
         order = [m * plan.n_tiles + n for what, m, n in self.block.step() if what == "dot"]
@@ -367,7 +360,7 @@ class _Emitter:
             for tile, product in zip(order, self._step(at, i32(0)), strict=True)
         ]
         rest = [s for j in range(1, unrolled) for s in self._step(at, i32(j))]
-        passes, k = total // unrolled, tir.Var("k", "int32")
+        passes, k = plan.depth // unrolled, tir.Var("k", "int32")
         body = [s for j in range(unrolled) for s in self._step(at, k * unrolled + j)]
         rolled = [loop(k, passes - 1, body, first=1)] if passes > 1 else []
         return [*head, *_strewn(rest, lines), *rolled]
@@ -403,6 +396,7 @@ class _Emitter:
         y, x = at.tiles[m]
         row, column = (at.row + y) * sh + place["kh"] * dh, x * sw + place["kw"] * dw
         channel = place["ik"] * self.plan.step
+        block = conv.first_in_block(at.ob) + place["cb"]
         column_bytes = conv.in_block * conv.window_rows
         if conv.window:
             if conv.window_rows > 1:
@@ -415,9 +409,9 @@ class _Emitter:
             phase += tir.floormod(place["kw"] * dw, i32(sw))
             row = at.row + y + tir.floordiv(place["kh"] * dh, i32(sh))
             column = x + tir.floordiv(place["kw"] * dw, i32(sw))
-            index = [at.n, at.first_block() + place["cb"], phase, row, column, channel]
+            index = [at.n, block, phase, row, column, channel]
         else:
-            index = [at.n, at.first_block() + place["cb"], row, column, channel]
+            index = [at.n, block, row, column, channel]
         pixel = column_bytes if conv.window else conv.step_block
         stride = pixel if conv.phases else pixel * sw
         first = tir.BufferLoad(self.source, index)
@@ -458,7 +452,7 @@ class _Place:
     """Where a block lies: its image, channels, and its tiles' first pixels, bound to variables."""
 
     def __init__(self, emitter: _Emitter, name: str, values: list[Any]) -> None:
-        self.emitter, self.name = emitter, name
+        self.emitter = emitter
         self.block: Any = None  # of its task
         self.binds: list[Any] = []
         self.values = [self._bind(f"{name}{at}", value) for at, value in enumerate(values)]
@@ -493,14 +487,6 @@ class _Place:
         self.binds.append(tir.Bind(var, value))
         return var
 
-    def first_block(self) -> Any:
-        """The first block of input channels of the group that these channels belong to."""
-        conv = self.emitter.conv
-        if conv.super_groups == 1:
-            return i32(0)
-        per_group = i32(conv.out_blocks // conv.super_groups)
-        return tir.floordiv(self.ob, per_group) * conv.in_blocks_per_group
-
     # ------------------------------------------------------------ outputs
 
     def lines(self, half: Any) -> list[Any]:
@@ -526,6 +512,7 @@ class _Place:
 
     def _patch(self, half: Any, pixels: range, scales: list[Any]) -> Any:
         emitter, epi = self.emitter, self.emitter.conv.work.epilogue
+        narrows = emitter.plan.narrows and epi.out_dtype in INT8_DTYPES
         values, places = [], []
         for q in pixels:
             m, offset = divmod(q, emitter.plan.pixels.rows)
@@ -536,9 +523,13 @@ class _Place:
             for j in range(self._n):
                 index = [half, i32(j), i32(q), tir.Ramp(i32(0), i32(1), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
-                values.append(self._value(total, scales[j], pixel, j))
+                residual = self._residual(pixel, j)
+                if narrows:
+                    values.append(real_value(epi, total, scales[j], residual))
+                else:
+                    values.append(apply(epi, total, None, scales[j], residual))
         width = 16 * self._n
-        if emitter.plan.narrows and epi.out_dtype in INT8_DTYPES:
+        if narrows:
             low, high = (int(bound) for bound in epi.bounds())
             words = narrowed(values, epi.out_dtype, epi.out_zero_point, low, high, epi.bounded)
             packed = tir.Var("words", compat.dtype_of(words))
@@ -551,7 +542,7 @@ class _Place:
         stores = []
         for index, value in enumerate(values):
             p, j = divmod(index, self._n)
-            stores.append(self._put(_stored(epi, value), places[p], 16 * j, LANES))
+            stores.append(self._put(value, places[p], 16 * j, LANES))
         return sequence(stores)
 
     def _put(self, value: Any, pixel: Any, channel: int, width: int) -> Any:
@@ -559,30 +550,20 @@ class _Place:
         index = [self.n, self.ob, i32(0), pixel, ramp]
         return tir.BufferStore(self.emitter.out, value, index)
 
-    def _value(self, total: Any, scale: Any, pixel: Any, j: int) -> Any:
-        """Return the float32 (or int32) vector before it is clipped."""
-        emitter, epi = self.emitter, self.emitter.conv.work.epilogue
-        if epi.out_dtype == "int32":
-            return total
-        residual = None
-        if emitter.residual is not None:
-            conv = emitter.conv
-            channel = tir.Ramp(self.channel + 16 * j, i32(1), LANES)
-            if conv.out_store != conv.out_block:  # the surplus of the last block is cropped
-                channel = tir.min(channel, i32(conv.out_store - 1))
-            index = [self.n, self.ob, i32(0), pixel, channel]
-            residual = tir.BufferLoad(emitter.residual, index)
-            if emitter.plan.narrows and epi.residual_dtype in INT8_DTYPES:
-                residual = shifted(residual, epi.residual_zero_point)
-        return real_value(epi, total, scale, residual)
-
-
-def _stored(epi: Any, value: Any) -> Any:
-    if epi.out_dtype == "int32":
-        low, high = epi.bounds()
-        clips = epi.clip_min is not None or epi.clip_max is not None
-        return clip_value(value, int(low), int(high), "int32") if clips else value
-    return stored_value(epi, value)
+    def _residual(self, pixel: Any, j: int) -> Any:
+        """Return a vector of the residual, its zero point subtracted on AVX-512; or None."""
+        emitter, conv = self.emitter, self.emitter.conv
+        if emitter.residual is None:
+            return None
+        epi = conv.work.epilogue
+        channel = tir.Ramp(self.channel + 16 * j, i32(1), LANES)
+        if conv.crops:  # the surplus of the last block is not stored
+            channel = tir.min(channel, i32(conv.out_store - 1))
+        index = [self.n, self.ob, i32(0), pixel, channel]
+        residual = tir.BufferLoad(emitter.residual, index)
+        if emitter.plan.narrows and epi.residual_dtype in INT8_DTYPES:
+            return shifted(residual, epi.residual_zero_point)
+        return residual
 
 
 def _strewn(stmts: list[Any], lines: list[Any]) -> list[Any]:

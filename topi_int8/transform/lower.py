@@ -26,7 +26,7 @@ from ..kernel import Blocks, Kernel, MatmulPacking
 from ..layout import Layout
 from ..strategy import Decision
 from ..target import Features, features
-from ..workload import INT8_DTYPES, known_bounded
+from ..workload import INT8_DTYPES, with_known_bounds
 from .convert_layout import ConvertLayout
 
 _OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
@@ -72,8 +72,7 @@ def decide(call: relax.Call, feats: Features) -> Decision:
         work = replace(work, weight_range=(int(values.min()), int(values.max())))
         named = op.operands(call)
         bias, scale = (_constant(named[name]) for name in ("bias", "scale"))
-        bounded = known_bounded(work, bias, scale)
-        work = work.with_epilogue(replace(work.epilogue, bounded=bounded))
+        work = with_known_bounds(work, bias, scale)
     if is_conv:
         return strategy.conv2d(work, feats, "NHWC" if is_nhwc(call) else "NCHWc")
     return strategy.matmul(work, feats)
