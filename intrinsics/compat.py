@@ -164,10 +164,11 @@ def sequence(stmts: list[Any]) -> Any:
     return stmts[0] if len(stmts) == 1 else tir.SeqStmt(stmts)
 
 
-def loop(var: Any, extent: int, body: list[Any], parallel: bool = False, first: int = 0) -> Any:
+def loop(var: Any, extent: Any, body: list[Any], parallel: bool = False, first: int = 0) -> Any:
     """Return ``for var in range(first, first + extent)`` around statements."""
     kind = tir.ForKind.PARALLEL if parallel else tir.ForKind.SERIAL
-    return tir.For(var, i32(first), i32(extent), kind, sequence(body), None, {})
+    extent = i32(extent) if isinstance(extent, int) else extent
+    return tir.For(var, i32(first), extent, kind, sequence(body), None, {})
 
 
 def _rewritten(stmt: Any, make: Callable[[Any], Any]) -> Any:

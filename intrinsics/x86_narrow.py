@@ -1,6 +1,6 @@
 # Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
 # Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
-"""AVX-512: float32 values rounded, clipped and narrowed to 8 bits, up to four vectors at a time.
+"""x86: float32 values rounded, clipped and narrowed to 8 bits, up to four vectors at a time.
 
 The meaning is the end of an epilogue, ``clip(rint(v) + zero_point, low, high)``, in the form that
 `compute/epilogue.py` gives it. A vector is clipped below, in float; adding 1.5 * 2**23 leaves its
@@ -13,16 +13,24 @@ the multiplier's port; `vcvtps2dq`, which rounds in one, needs it too, and besid
 Why the clip below is not left to saturation: a sum with 1.5 * 2**23 that is negative has bits
 which, less the constant's, wrap around int32. Above nothing can: bits of positive floats grow with
 their values. Where values are known to be bounded it is left, or to one operation on bytes.
+
+Bounded values can also be rounded by `vcvtps2dq` (`converts`), in three operations a vector, the
+zero point added to 16-bit values. That is for kernels without AMX.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .compat import pure_call, tir
+from .compat import dtype_of, pure_call, tir
 
 LANES = 16
 _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
+# By the number of values in a vector: LLVM's `packssdw`, `packuswb` and `packsswb`.
+_PACKS = {16: "avx512.{}.512", 8: "avx2.{}", 4: "sse2.{}.128"}
+# Likewise `vcvtps2dq`; the masked form takes the rounding mode that is set.
+_CONVERTS = {16: "avx512.mask.cvtps2dq.512", 8: "avx.cvt.ps2dq.256", 4: "sse2.cvtps2dq"}
+_ROUNDING_IN_FORCE = 4
 # Adding 1.5 * 2**23 to a float32 rounds it to an integer, which is then in its low bits.
 ROUND = 12582912.0
 ROUND_BITS = 0x4B400000  # its bit pattern; the low byte is 0
@@ -47,14 +55,16 @@ WORDS = tuple(4 * (w % 4) + w // 4 for w in range(16))
 
 
 def narrowed(
-    values: list[Any], dtype: str, zero_point: int, low: int, high: int, bounded: bool = False
-) -> Any:
-    """Return int32x16 with the values clipped, rounded and narrowed to 8 bits, four in a word.
+    values: list[Any], dtype: str, zero_point: int, low: int, high: int, bounded: bool = False,
+    converts: bool = False,
+) -> Any:  # fmt: skip
+    """Return an int32 vector with the values clipped, rounded and narrowed to 8 bits, four in a
+    word; 128-bit lane by lane, all vectors' values of one before those of the next (`WORDS`).
 
     Parameters
     ----------
     values : list of PrimExpr
-        One, two or four float32x16.
+        One, two or four float32x16, or as many of float32x8 or x4.
     dtype : str
         "uint8" or "int8".
     zero_point : int
@@ -62,38 +72,63 @@ def narrowed(
     low, high : int
         Bounds of the result.
     bounded : bool
-        Whether no value is -2**23 or less: the sum is then positive, and nothing wraps.
+        Whether every value is between -2**23 and 2**23: nothing wraps.
+    converts : bool
+        Whether bounded values are rounded by `vcvtps2dq`.
 
     Raises
     ------
     ValueError
-        For another dtype, number of vectors, or bounds that are not the type's.
+        For another dtype, number or length of vectors, or bounds that are not the type's.
     """
+    lanes = int(dtype_of(values[0]).partition("x")[2]) if values else LANES
     if dtype not in _RANGE:
         raise ValueError(f"dtype is {dtype}; allowed: uint8, int8")
     if len(values) not in (1, 2, 4):
         raise ValueError(f"{len(values)} values; allowed: 1, 2 or 4 vectors")
+    if lanes not in _PACKS:
+        raise ValueError(f"vectors are of {lanes} values; allowed: {', '.join(map(str, _PACKS))}")
     least, most = _RANGE[dtype]
     if not least <= low <= high <= most:
         raise ValueError(f"low, high are {low}, {high}; allowed: within {least}, {most}")
 
-    def many(value: Any, lanes: int) -> Any:
-        return tir.Broadcast(value, lanes)
+    def many(value: Any, count: int = lanes) -> Any:
+        return tir.Broadcast(value, count)
 
-    bottom = many(tir.const(float(low - zero_point), "float32"), LANES)
-    magic = many(tir.const(ROUND, "float32"), LANES)
-    shift = many(tir.const(zero_point - ROUND_BITS, "int32"), LANES)
-    clipped = values if bounded else [tir.max(value, bottom) for value in values]
-    whole = [tir.reinterpret(f"int32x{LANES}", value + magic) + shift for value in clipped]
+    def packs(name: str, result: str, first: Any, second: Any) -> Any:
+        return pure_call("llvm.x86." + _PACKS[lanes].format(name), result, first, second)
+
+    bottom = many(tir.const(float(low - zero_point), "float32"))
+    magic = many(tir.const(ROUND, "float32"))
+    shift = many(tir.const(zero_point - ROUND_BITS, "int32"))
+    converts = converts and bounded
+    if converts:
+        whole = [_converted(value, lanes) for value in values]
+    else:
+        clipped = values if bounded else [tir.max(value, bottom) for value in values]
+        whole = [tir.reinterpret(f"int32x{lanes}", value + magic) + shift for value in clipped]
     # A lone vector, and a lone pair, has itself for a partner.
     halves = [
-        pure_call("llvm.x86.avx512.packssdw.512", "int16x32", first, second)
+        packs("packssdw", f"int16x{2 * lanes}", first, second)
         for first, second in zip(whole[::2], whole[1::2] or whole, strict=True)
     ]
+    if converts and zero_point:
+        words = many(tir.const(zero_point, "int16"), 2 * lanes)
+        add = f"llvm.sadd.sat.v{2 * lanes}i16"
+        halves = [pure_call(add, f"int16x{2 * lanes}", half, words) for half in halves]
     pack = "packuswb" if dtype == "uint8" else "packsswb"
-    packed = pure_call(f"llvm.x86.avx512.{pack}.512", f"{dtype}x64", halves[0], halves[-1])
+    packed = packs(pack, f"{dtype}x{4 * lanes}", halves[0], halves[-1])
     if bounded and low > least:
-        packed = tir.max(packed, many(tir.const(low, dtype), 64))
+        packed = tir.max(packed, many(tir.const(low, dtype), 4 * lanes))
     if high < most:
-        packed = tir.min(packed, many(tir.const(high, dtype), 64))
-    return tir.reinterpret("int32x16", packed)
+        packed = tir.min(packed, many(tir.const(high, dtype), 4 * lanes))
+    return tir.reinterpret(f"int32x{lanes}", packed)
+
+
+def _converted(value: Any, lanes: int) -> Any:
+    """Return a vector rounded to int32 by `vcvtps2dq`."""
+    operands = [value]
+    if lanes == LANES:
+        operands.append(tir.Broadcast(tir.const(0, "int32"), lanes))
+        operands += [tir.const(-1, "int16"), tir.const(_ROUNDING_IN_FORCE, "int32")]
+    return pure_call("llvm.x86." + _CONVERTS[lanes], f"int32x{lanes}", *operands)

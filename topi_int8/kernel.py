@@ -21,7 +21,7 @@ from .compute.conv2d import PackedConv2d, window_taps
 from .compute.depthwise import PackedDepthwise
 from .compute.winograd import PackedWinograd
 from .layout import Layout, round_up
-from .schedule import arm, spatial_pack, winograd, x86_amx
+from .schedule import arm, spatial_pack, winograd, x86_amx, x86_depthwise
 from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
 from .workload import Conv2dWorkload, MatmulWorkload
@@ -396,6 +396,20 @@ def build_depthwise(work: Conv2dWorkload, blocks: Blocks, feats: Features, _ask:
     lanes, registers = _vector_lanes(feats)
     packing = PackedDepthwise(work, blocks.out)
     return _kernel(work, blocks, DepthwisePlan(packing, lanes, registers))
+
+
+def build_x86_depthwise(vector: int) -> Build:
+    """Return the builder of the depthwise convolution by vpdpbusd, in vectors of that many lanes of
+    16 bytes (x86).
+    """
+
+    def build(work: Conv2dWorkload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
+        packing = PackedDepthwise(work, blocks.out, "rows", "uint8")
+        rows = x86_depthwise.choose_rows(work)
+        columns = x86_depthwise.choose_columns(packing, rows, vector)
+        return _kernel(work, blocks, x86_depthwise.LanesPlan(packing, rows, columns))
+
+    return build
 
 
 def build_arm_depthwise(how: str) -> Build:

@@ -21,6 +21,7 @@ from .kernel import (
     build_arm,
     build_arm_depthwise,
     build_depthwise,
+    build_x86_depthwise,
     build_dot,
     build_vector,
     build_winograd,
@@ -62,6 +63,8 @@ class Strategy:
         (workload, blocks, features, ask_permission) -> Kernel.
     transforms : bool
         Whether packing changes the weight's values, so that it lies in no layout of OIHW.
+    alone : bool
+        Whether the kernel is a function of its own, with no stages that others could be fused with.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Strategy:
     declines: Accepts
     build: Build
     transforms: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in _OPS:
@@ -222,6 +226,20 @@ def _declines_nhwc_depthwise_dot(work: Workload, feats: Features) -> str | None:
     return _declines_depthwise_dot(work, feats)
 
 
+def _declines_rows(work: Workload, feats: Features) -> str | None:
+    assert isinstance(work, Conv2dWorkload)
+    return _declines_dot(work, feats)
+
+
+def _declines_nhwc_rows(work: Workload, feats: Features) -> str | None:
+    if work.ic % 16:
+        return f"{work.ic} channels are no multiple of 16"
+    return _declines_rows(work, feats)
+
+
+# instruction set, lanes of 16 bytes in a vector
+_X86_DEPTHWISE = (("avx512_vnni", 4), ("avx_vnni", 2))
+
 # suffix, instruction set, how taps are summed, what explain() calls it
 _ARM_DEPTHWISE: tuple[tuple[str, str, str, str], ...] = (
     ("neon_dotprod", "neon_dotprod", "dot", "sdot, udot, usdot over four rows"),
@@ -298,7 +316,9 @@ def _rows(op: str) -> tuple[Strategy, ...]:
 def _depthwise_rows(layout: str) -> tuple[Strategy, ...]:
     op = "depthwise" if layout == "nchwc" else "depthwise_nhwc"
     stem, plain = f"depthwise_{layout}", "vector multiply-add"
-    dot = _declines_depthwise_dot if layout == "nchwc" else _declines_nhwc_depthwise_dot
+    dot, rows = _declines_depthwise_dot, _declines_rows
+    if layout == "nhwc":
+        dot, rows = _declines_nhwc_depthwise_dot, _declines_nhwc_rows
     return (
         *(
             Strategy(
@@ -306,6 +326,13 @@ def _depthwise_rows(layout: str) -> tuple[Strategy, ...]:
                 build_arm_depthwise(how),
             )
             for suffix, isa, how, what in _ARM_DEPTHWISE
+        ),
+        *(
+            Strategy(
+                f"{stem}_{isa}", op, isa, "vpdpbusd over four rows", rows,
+                build_x86_depthwise(lanes), alone=True,
+            )
+            for isa, lanes in _X86_DEPTHWISE
         ),
         Strategy(stem, op, "generic", plain, _always, build_depthwise),
         Strategy(
@@ -341,6 +368,8 @@ def _decide(
         reason = row.accepts(work, feats)
         if reason is None and plain and row.transforms:
             reason = "the weight is to lie in a layout of OIHW"
+        if reason is None and plain and row.alone:
+            reason = "it is a function of its own, and others are to be fused with it"
         if reason is None:
             return Decision(work, row, feats, tuple(declined), layout)
         declined.append((row.name, reason))

@@ -17,6 +17,9 @@ Taps are summed in one of three ways (`how`):
       gather[n, cb, y, g, s, i, c, t] = xp[n, cb, y*sh + (4g + t)*dh, s*S*sw + i, c]
       acc[n, cb, y, x, c] = sum over g, kw, t of
           gather[n, cb, y, g, x / S, (x % S)*sw + kw*dw, c, t] * weight[cb, g, kw, c, t]
+
+- "rows": by a kernel that is no TE (`schedule/x86_depthwise.py`), from data without borders and
+  weights as in "plain".
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ class PackedDepthwise:
     block : int
         Channels per block of data, output and weight.
     how : str
-        "plain", "pairs", "row_pairs" or "dot": see the module's docstring.
+        "plain", "pairs", "row_pairs", "dot" or "rows": see the module's docstring.
     data_dtype : str
         What the inner loop reads; empty: the data's own dtype.
     strip : int
@@ -70,10 +73,10 @@ class PackedDepthwise:
     def __post_init__(self) -> None:
         if not self.work.is_depthwise:
             raise ValueError(f"groups is {self.work.groups}; allowed: ic == oc == {self.work.ic}")
-        if self.how not in _SUMS:
-            raise ValueError(f"how is {self.how!r}; allowed: {', '.join(_SUMS)}")
-        if self.how == "dot" and self.block % 16:
-            raise ValueError(f"block is {self.block}; allowed with dot: multiples of 16")
+        if self.how not in (*_SUMS, "rows"):
+            raise ValueError(f"how is {self.how!r}; allowed: {', '.join(_SUMS)}, rows")
+        if self.how in ("dot", "rows") and self.block % 16:
+            raise ValueError(f"block is {self.block}; allowed with {self.how}: multiples of 16")
         if self.work.ow % self.strip:
             raise ValueError(f"strip is {self.strip}; allowed: divisors of {self.work.ow}")
         if not self.data_dtype:
@@ -100,6 +103,12 @@ class PackedDepthwise:
             return "uint8" if self.data_dtype == self.work.weight_dtype == "uint8" else "int8"
         plain = self.work.weight_dtype == "int8" and not self.work.weight_zero_point
         return "int8" if plain or self.how != "plain" else "int16"
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Packed output."""
+        w = self.work
+        return (w.n, self.blocks, w.oh, w.ow, self.block)
 
     @property
     def row_groups(self) -> int:
@@ -178,11 +187,6 @@ class PackedDepthwise:
         return self.padded.pack_scale(scale)
 
 
-def _acc_shape(conv: PackedDepthwise) -> tuple[int, ...]:
-    w = conv.work
-    return (w.n, conv.blocks, w.oh, w.ow, conv.block)
-
-
 def _plain(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, _rolled: str) -> Any:
     w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
@@ -193,7 +197,7 @@ def _plain(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, _rolle
         a, b = source[n, cb, row, column, c], weight[cb, kh, kw, c]
         return te.sum(a.astype(acc_dtype) * b.astype(acc_dtype), axis=[kh, kw])
 
-    return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
+    return te.compute(conv.out_shape, product, name="conv", attrs=attrs)
 
 
 def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, rolled: str) -> Any:
@@ -221,7 +225,7 @@ def _pairs(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, rolled
             both = both + other
         return te.sum(both.astype("int32"), axis=[row_axis, pair])
 
-    return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
+    return te.compute(conv.out_shape, product, name="conv", attrs=attrs)
 
 
 def _dot(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, _rolled: str) -> Any:
@@ -245,7 +249,7 @@ def _dot(conv: PackedDepthwise, source: Any, weight: Any, attrs: Attrs, _rolled:
         a = gathered[n, cb, y, g, strip, within * sw + kw * w.dilation[1], c, t]
         return te.sum(a.astype("int32") * weight[cb, g, kw, c, t].astype("int32"), axis=[g, kw, t])
 
-    return te.compute(_acc_shape(conv), product, name="conv", attrs=attrs)
+    return te.compute(conv.out_shape, product, name="conv", attrs=attrs)
 
 
 _SUMS = {"plain": _plain, "pairs": _pairs, "row_pairs": _pairs, "dot": _dot}
@@ -265,18 +269,23 @@ def accumulate(
     return _SUMS[conv.how](conv, source, weight, attrs, rolled)
 
 
-def depthwise(conv: PackedDepthwise) -> list[Any]:
-    """Return the TE tensors [data, weight, (bias), (scale), (residual), out]."""
-    w, epi = conv.work, conv.work.epilogue
+def declare(conv: PackedDepthwise) -> tuple[Any, Any, Operands]:
+    """Return placeholders: data, weight, and what the epilogue reads."""
+    w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
     data = te.placeholder((w.n, conv.blocks, w.ih, w.iw, conv.block), w.data_dtype, "data")
     weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
-    out_shape = (w.n, conv.blocks, w.oh, w.ow, conv.block)
     channels = (conv.blocks, conv.block)
-    operands = Operands.declare(epi, conv.folds_bias, acc_dtype, channels, out_shape)
+    operands = Operands.declare(w.epilogue, conv.folds_bias, acc_dtype, channels, conv.out_shape)
+    return data, weight, operands
+
+
+def depthwise(conv: PackedDepthwise) -> list[Any]:
+    """Return the TE tensors [data, weight, (bias), (scale), (residual), out]."""
+    data, weight, operands = declare(conv)
     acc = accumulate(conv, data, weight)
 
     def store(n: Any, cb: Any, y: Any, x: Any, c: Any) -> Any:
         return operands.apply(acc[n, cb, y, x, c], (cb, c), (n, cb, y, x, c))
 
-    return [data, weight, *operands.present, te.compute(out_shape, store, name="out")]
+    return [data, weight, *operands.present, te.compute(conv.out_shape, store, name="out")]

@@ -74,12 +74,12 @@ def divisors(n: int, limit: int) -> list[int]:
 TASKS = 32
 
 
-def rows_per_task(outer: int, rows: int) -> int:
+def rows_per_task(outer: int, rows: int, tasks: int = TASKS) -> int:
     """Return how many rows a task takes, of `rows` in each of `outer` iterations around them.
 
-    The rows stay serial inside a task as far as at least `TASKS` tasks remain.
+    The rows stay serial inside a task as far as at least `tasks` tasks remain.
     """
-    return max(d for d in divisors(rows, rows) if d == 1 or outer * rows // d >= TASKS)
+    return max(d for d in divisors(rows, rows) if d == 1 or outer * rows // d >= tasks)
 
 
 def parallel_tasks(sch: Any, loops: list[Any], rows: Any) -> None:

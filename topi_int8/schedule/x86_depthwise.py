@@ -1,0 +1,570 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""Depthwise convolution by vpdpbusd: a dot product of four rows of a column, in each channel.
+
+Four rows of the image are interleaved once (`intrinsics.x86_rows`) into a small buffer, with the
+borders, and serve all horizontal taps of several output rows: an output row whose first tap is the
+second of the four multiplies by weights that are moved by one, zero elsewhere. Nothing is padded in
+memory beforehand.
+
+The buffer lies as rows of 16-byte lanes, a lane being four channels of one of the four vectors that
+interleaving gives. A vector of sums is of any few neighbouring lanes, so that narrow channel blocks
+fill wide vectors with several pixels. With strides, columns of the same phase are neighbours.
+
+Counted in operations of the two ports that multiply or shuffle 512 bits, for 64 channels of a pixel
+of a 3x3 with stride 1: 4 of interleaving, 12 dot products, 16 to 23 to requantize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tvm import te
+
+from intrinsics import compat
+from intrinsics.compat import i32, loop, sequence, tir
+from intrinsics.x86_narrow import narrowed
+from intrinsics.x86_rows import LANE, interleaved, vpdpbusd
+
+from ..compute.depthwise import PackedDepthwise, declare
+from ..compute.epilogue import apply, real_value, stored_value
+from ..workload import INT8_DTYPES, Conv2dWorkload
+from .stages import rows_per_task
+
+# Vectors of sums of a block of rows: the other registers hold what they are made of.
+SUMS = 16
+# Bytes of interleaved rows: they stay in the first-level cache beside weights and output.
+STRIP_BYTES = 24 * 1024
+# Dot products that are unrolled; of more the horizontal taps are a loop.
+UNROLLED = 256
+# Parts into which an image is cut at least, if its rows allow it, to be shared by threads: each
+# interleaves its weights anew.
+PARTS = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the image a block of output rows reads, four by four.
+
+    Parameters
+    ----------
+    work : Conv2dWorkload
+    count : int
+        Output rows of a block; more than one only without vertical dilation.
+    """
+
+    work: Conv2dWorkload
+    count: int
+
+    @property
+    def unit(self) -> int:
+        """Rows of the image from one of the interleaved rows to the next."""
+        return self.work.dilation[0] if self.count == 1 else 1
+
+    @property
+    def span(self) -> int:
+        """Interleaved rows that a block reads."""
+        taps = (self.work.kh - 1) * self.work.dilation[0]
+        return ((self.count - 1) * self.work.strides[0] + taps) // self.unit + 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of four rows."""
+        return -(-self.span // 4)
+
+    def taps(self, row: int, group: int) -> list[int | None]:
+        """Return the vertical tap by which an output row multiplies each row of a group."""
+        first = row * self.work.strides[0]
+        offsets = [(4 * group + t) * self.unit - first for t in range(4)]
+        dilation = self.work.dilation[0]
+        taps = [None if offset % dilation else offset // dilation for offset in offsets]
+        return [tap if tap is not None and 0 <= tap < self.work.kh else None for tap in taps]
+
+    def reads(self, row: int, group: int) -> bool:
+        """Whether an output row has a tap in a group."""
+        return any(tap is not None for tap in self.taps(row, group))
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(row, group) that are multiplied."""
+        rows, groups = range(self.count), range(self.groups)
+        return [(row, group) for row in rows for group in groups if self.reads(row, group)]
+
+    @property
+    def cost(self) -> float:
+        """Vector operations for a pixel of four vectors: interleaving and products."""
+        unpacked = 8 * self.groups * min(self.work.strides[1], self.work.kw)
+        return (unpacked + 4 * self.work.kw * len(self.pairs)) / self.count
+
+
+def choose_rows(work: Conv2dWorkload) -> Rows:
+    """Return the block of output rows that takes the fewest operations a pixel."""
+    most = min(SUMS // 4, work.oh) if work.dilation[0] == 1 else 1
+    return min((Rows(work, count) for count in range(1, most + 1)), key=lambda rows: rows.cost)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the columns of a strip lie: phase by phase of the horizontal stride.
+
+    Parameters
+    ----------
+    conv : PackedDepthwise
+    width : int
+        Output columns of a strip; the last strip may overlap the one before.
+    vector : int
+        Lanes of the widest vector: 4, 2 or 1.
+    """
+
+    conv: PackedDepthwise
+    width: int
+    vector: int
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a pixel."""
+        return self.conv.block // LANE
+
+    def tap(self, kw: int) -> tuple[int, int]:
+        """Return (index of the phase, columns from the output's own) of a horizontal tap."""
+        offset, stride = kw * self.conv.work.dilation[1], self.conv.work.strides[1]
+        return self.phases.index(offset % stride), offset // stride
+
+    @property
+    def phases(self) -> list[int]:
+        """The phases that taps read."""
+        work = self.conv.work
+        return sorted({kw * work.dilation[1] % work.strides[1] for kw in range(work.kw)})
+
+    @property
+    def count(self) -> int:
+        """Columns of a phase."""
+        work = self.conv.work
+        return self.width + (work.kw - 1) * work.dilation[1] // work.strides[1]
+
+    @property
+    def starts(self) -> list[int]:
+        """First output column of each strip."""
+        ow = self.conv.work.ow
+        return [min(start, ow - self.width) for start in range(0, ow, self.width)]
+
+    def inside(self, start: Any, phase: int) -> tuple[Any, Any]:
+        """Return which columns [first, last) of a phase are inside the image, in the strip that
+        begins at output column `start`; expressions, constant if `start` is.
+        """
+        work = self.conv.work
+        stride = i32(work.strides[1])
+        at = start * stride + (phase - work.padding[1])  # of column 0, in the image
+        first = tir.max(i32(0), -tir.floordiv(at, stride))
+        last = tir.min(i32(self.count), -tir.floordiv(at - work.iw, stride))
+        first = tir.min(first, i32(self.count))
+        return first, tir.max(first, last)
+
+    @cached_property
+    def ends(self) -> list[tuple[int, int]]:
+        """`inside` of each phase of each strip."""
+        starts = [i32(start) for start in self.starts]
+        found = [self.inside(start, phase) for start in starts for phase in self.phases]
+        return [(int(first), int(last)) for first, last in found]
+
+    @property
+    def bordered(self) -> bool:
+        """Whether any strip has columns outside of the image."""
+        return any((first, last) != (0, self.count) for first, last in self.ends)
+
+    @property
+    def gathered(self) -> int:
+        """Lanes of a vector that is interleaved."""
+        counts = [(last - first) * self.lanes for first, last in self.ends if first < last]
+        least = min(counts, default=self.vector)
+        strided = self.conv.work.strides[1] > 1
+
+        def fits(vector: int) -> bool:
+            # With strides the next pixel is elsewhere.
+            whole = self.lanes % vector == 0 or vector % self.lanes == 0
+            return vector <= least and (whole or not strided)
+
+        return max(vector for vector in (1, 2, 4) if vector <= self.vector and fits(vector))
+
+    @property
+    def computed(self) -> int:
+        """Lanes of a vector of sums."""
+        most = min(self.vector, self.width * self.lanes)
+        return max(vector for vector in (1, 2, 4) if vector <= most)
+
+    @property
+    def operand_lanes(self) -> int:
+        """Lanes of what there is for each channel: repeated so that any vector finds its own."""
+        if self.computed % self.lanes == 0:
+            return self.computed
+        if self.lanes % self.computed == 0:
+            return self.lanes
+        return self.lanes + self.computed - 1
+
+    def operand(self, lane: Any) -> Any:
+        """Return the lane of the operands at which a vector of sums finds its own."""
+        if self.computed % self.lanes == 0:
+            return i32(0)
+        return tir.floormod(lane, i32(self.lanes))
+
+
+def choose_columns(conv: PackedDepthwise, rows: Rows, vector: int) -> Columns:
+    """Return strips of equal width, as few as `STRIP_BYTES` allows."""
+    for strips in range(1, conv.work.ow + 1):
+        columns = Columns(conv, -(-conv.work.ow // strips), vector)
+        if columns.count * len(columns.phases) * rows.groups * 4 * conv.block <= STRIP_BYTES:
+            break
+    return columns
+
+
+@dataclass(frozen=True)
+class LanesPlan:
+    """A depthwise convolution by dot products of interleaved rows.
+
+    Parameters
+    ----------
+    conv : PackedDepthwise
+        Summed by "rows".
+    rows : Rows
+    columns : Columns
+    """
+
+    conv: PackedDepthwise
+    rows: Rows
+    columns: Columns
+
+    @property
+    def steps(self) -> int:
+        """Blocks of output rows; the last may overlap the one before."""
+        return -(-self.conv.work.oh // self.rows.count)
+
+    @property
+    def steps_a_task(self) -> int:
+        """Blocks of output rows of a task."""
+        return rows_per_task(self.conv.work.n * self.conv.blocks, self.steps, PARTS)
+
+    def schedule(self) -> Any:
+        """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
+        conv = self.conv
+        data, weight, operands = declare(conv)
+
+        def emit(ins: list[Any], outs: list[Any]) -> Any:
+            present = iter(ins[2:])
+            given = (operands.bias, operands.scale, operands.residual)
+            bias, scale, residual = (None if t is None else next(present) for t in given)
+            return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
+
+        inputs = [data, weight, *operands.present]
+        dtype = conv.work.epilogue.out_dtype
+        out = te.extern(conv.out_shape, inputs, emit, name="out", dtype=dtype)
+        func = te.create_prim_func([*inputs, out])
+        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+
+
+def _ramp(first: Any, count: int) -> Any:
+    return tir.Ramp(first, i32(1), count)
+
+
+class _Emitter:
+    """The statements of one kernel."""
+
+    def __init__(
+        self, plan: LanesPlan, data: Any, weight: Any, bias: Any, scale: Any, residual: Any,
+        out: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.conv, self.rows, self.columns = plan, plan.conv, plan.rows, plan.columns
+        self.data, self.weight, self.out = data, weight, out
+        self.bias, self.scale, self.residual = bias, scale, residual
+        rows, columns, work = self.rows, self.columns, self.conv.work
+        phases, lanes = len(columns.phases), columns.count * columns.lanes
+        self.lines = tir.decl_buffer((phases, rows.groups, 4, lanes * LANE), "uint8", "lines")
+        spare = columns.operand_lanes
+        shape = (len(rows.pairs), work.kw, 4, spare * LANE)
+        self.taps = tir.decl_buffer(shape, "int8", "taps")
+        self.biases = tir.decl_buffer((4, spare * 4), "int32", "biases")
+        self.scales = tir.decl_buffer((4, spare * 4), "float32", "scales")
+        self.count = 4 * columns.computed  # sums of a vector
+        # One buffer each: together they would be too large for TVM to leave them on the stack.
+        self.sums = [
+            tir.decl_buffer((4, self.count), "int32", f"sums{row}") for row in range(rows.count)
+        ]
+        self.ordered = tir.decl_buffer((4 * self.count,), "float32", "ordered")
+
+    def statement(self) -> Any:
+        """Return the parallel loop over images, channel blocks and shares of the rows."""
+        conv, plan = self.conv, self.plan
+        shares = plan.steps // plan.steps_a_task
+        tasks = conv.work.n * conv.blocks * shares
+        task, step, strip = (tir.Var(name, "int32") for name in ("task", "step", "strip"))
+        image = tir.floordiv(task, i32(shares))
+        n, cb = tir.floordiv(image, i32(conv.blocks)), tir.floormod(image, i32(conv.blocks))
+        at = tir.floormod(task, i32(shares)) * plan.steps_a_task + step
+        y = tir.min(at * self.rows.count, i32(conv.work.oh - self.rows.count))
+        starts = self.columns.starts
+        start = tir.min(strip * self.columns.width, i32(starts[-1])) if starts[1:] else i32(0)
+        borders = self._borders(start) if self.columns.bordered else []
+        each = [*self._gather(n, cb, y, start), self._outputs(n, cb, y, start)]
+        before = []
+        if starts[1:]:
+            each = [loop(strip, len(starts), [*borders, *each])]
+        else:  # nothing writes to them
+            before = borders
+        body = [*self._operands(cb), *before, loop(step, plan.steps_a_task, each)]
+        buffers = [self.lines, self.taps, *self.sums]
+        buffers += [self.biases] if self.bias is not None else []
+        buffers += [self.scales] if self.scale is not None else []
+        buffers += [self.ordered] if self.residual is not None else []
+        block = compat.Block([], [], [], "task", sequence(body), None, buffers, [], {})
+        inner = [compat.BlockRealize([], True, block)]
+        return loop(task, tasks, inner, parallel=tasks > 1)
+
+    # ------------------------------------------------------------ operands of the channels
+
+    def _operands(self, cb: Any) -> list[Any]:
+        """Return what brings weights, bias and scale into the order of the sums."""
+        columns, stmts = self.columns, []
+        vector = columns.computed
+        for lane in range(0, columns.operand_lanes, vector):
+            lane = min(lane, columns.operand_lanes - vector)
+            for pair, (row, group) in enumerate(self.rows.pairs):
+                for kw in range(self.conv.work.kw):
+                    tiles = interleaved(
+                        [self._tap(cb, tap, kw, lane) for tap in self.rows.taps(row, group)]
+                    )
+                    for v, tile in enumerate(tiles):
+                        index = [i32(pair), i32(kw), i32(v), _ramp(i32(lane * LANE), vector * LANE)]
+                        stmts.append(tir.BufferStore(self.taps, tile, index))
+        moved = ((self.bias, self.biases), (self.scale, self.scales))
+        for source, target in moved:
+            if source is None:
+                continue
+            for lane in range(columns.operand_lanes):
+                for v in range(4):
+                    channel = lane % columns.lanes * LANE + 4 * v
+                    value = tir.BufferLoad(source, [cb, _ramp(i32(channel), 4)])
+                    index = [i32(v), _ramp(i32(4 * lane), 4)]
+                    stmts.append(tir.BufferStore(target, value, index))
+        return stmts
+
+    def _tap(self, cb: Any, tap: int | None, kw: int, lane: int) -> Any:
+        """Return the weights of a tap for a vector of lanes; zero if there is none."""
+        vector = self.columns.computed
+        if tap is None:
+            return tir.Broadcast(tir.const(0, "int8"), vector * LANE)
+
+        def load(at: Any, count: int) -> Any:
+            index = [cb, i32(tap), i32(kw), _ramp(at, count)]
+            return tir.BufferLoad(self.weight, index)
+
+        return self._pieces(lane, vector, load)
+
+    def _pieces(self, lane: int, count: int, load: Any) -> Any:
+        """Return `count` lanes from one on, of a pixel repeated as often as needed."""
+        lanes, parts = self.columns.lanes, []
+        while count:
+            first = lane % lanes
+            run = min(count, lanes - first)
+            run = max(v for v in (1, 2, 4) if v <= run)
+            parts.append((load(i32(first * LANE), run * LANE), run * LANE))
+            lane, count = lane + run, count - run
+        return _joined(parts)
+
+    # ------------------------------------------------------------ rows of the image
+
+    def _borders(self, start: Any) -> list[Any]:
+        """Return what fills the columns outside of the image."""
+        columns, stmts = self.columns, []
+        width = columns.lanes * LANE
+        for p, phase in enumerate(columns.phases):
+            first, last = columns.inside(start, phase)
+            for begin, end in ((i32(0), first), (last, i32(columns.count))):
+                if isinstance(end - begin, tir.IntImm) and int(end - begin) == 0:
+                    continue
+                x = tir.Var("x", "int32")
+                fills = [
+                    tir.BufferStore(
+                        self.lines, self._border(LANE),
+                        [i32(p), i32(g), i32(v), _ramp((begin + x) * width + lane * LANE, LANE)],
+                    )
+                    for g in range(self.rows.groups) for v in range(4)
+                    for lane in range(columns.lanes)
+                ]  # fmt: skip
+                stmts.append(loop(x, end - begin, fills))
+        return stmts
+
+    def _border(self, count: int) -> Any:
+        return tir.Broadcast(tir.const(self.conv.padded.data_zero_point, "uint8"), count)
+
+    def _gather(self, n: Any, cb: Any, y: Any, start: Any) -> list[Any]:
+        """Return what interleaves the rows of a block's columns."""
+        work, unit = self.conv.work, self.rows.unit
+        top = y * work.strides[0] - work.padding[0]
+        stmts = []
+        for g in range(self.rows.groups):
+            first = top + 4 * g * unit
+            count = min(4, self.rows.span - 4 * g)
+            inside = tir.all(first >= 0, first + (count - 1) * unit < work.ih)
+            always = self.rows.span <= work.ih and not work.padding[0] and not work.padding[2]
+            whole = self._interleave(n, cb, start, g, first, count, checked=False)
+            if always:
+                stmts += whole
+                continue
+            checked = self._interleave(n, cb, start, g, first, count, checked=True)
+            stmts.append(tir.IfThenElse(inside, sequence(whole), sequence(checked)))
+        return stmts
+
+    def _interleave(
+        self, n: Any, cb: Any, start: Any, g: int, top: Any, count: int, checked: bool
+    ) -> list[Any]:
+        columns, work, stmts = self.columns, self.conv.work, []
+        vector = columns.gathered
+        width = vector * LANE
+        for p, phase in enumerate(columns.phases):
+            first, last = columns.inside(start, phase)
+            lanes = (last - first) * columns.lanes
+            q = tir.Var("q", "int32")
+            lane = first * columns.lanes + tir.min(q * vector, lanes - vector)
+            rows = []
+            for t in range(4):
+                row = top + t * self.rows.unit
+                value = self._border(width)
+                if t < count:
+                    value = self._row(n, cb, row, start, phase, lane)
+                    if checked:
+                        inside = tir.all(row >= 0, row < work.ih)
+                        value = tir.if_then_else(inside, value, self._border(width))
+                rows.append(tir.Var(f"row{t}", compat.dtype_of(value)))
+                stmts_row = tir.Bind(rows[-1], value)
+                rows[-1] = (rows[-1], stmts_row)
+            body = [bind for _, bind in rows]
+            for v, tile in enumerate(interleaved([var for var, _ in rows])):
+                index = [i32(p), i32(g), i32(v), _ramp(lane * LANE, width)]
+                body.append(tir.BufferStore(self.lines, tile, index))
+            stmts.append(loop(q, tir.floordiv(lanes + (vector - 1), i32(vector)), body))
+        return stmts
+
+    def _row(self, n: Any, cb: Any, row: Any, start: Any, phase: int, lane: Any) -> Any:
+        """Return a vector of a phase's lanes of a row, as uint8."""
+        columns, work = self.columns, self.conv.work
+        stride, block = work.strides[1], self.conv.block
+        column = start * stride + (phase - work.padding[1])
+        vector = columns.gathered
+
+        def load(at: Any, count: int) -> Any:
+            return tir.BufferLoad(self.data, [n, cb, row, column, _ramp(at, count)])
+
+        if stride == 1 or columns.lanes % vector == 0:
+            x, within = tir.floordiv(lane, i32(columns.lanes)), tir.floormod(lane, i32(columns.lanes))
+            at = lane * LANE if stride == 1 else x * (stride * block) + within * LANE
+            value = load(at, vector * LANE)
+        else:
+            x = tir.floordiv(lane, i32(columns.lanes))
+            pixels = range(vector // columns.lanes)
+            value = _joined([(load((x + i) * (stride * block), block), block) for i in pixels])
+        if work.data_dtype == "int8":
+            value = tir.reinterpret(f"uint8x{vector * LANE}", value)
+            value = value ^ tir.Broadcast(tir.const(128, "uint8"), vector * LANE)
+        return value
+
+    # ------------------------------------------------------------ sums and outputs
+
+    def _outputs(self, n: Any, cb: Any, y: Any, start: Any) -> Any:
+        """Return the loop over a strip's vectors of outputs."""
+        columns, q = self.columns, tir.Var("q", "int32")
+        lanes, vector = columns.width * columns.lanes, columns.computed
+        lane = tir.Var("lane", "int32")
+        body = [
+            tir.Bind(lane, tir.min(q * vector, i32(lanes - vector))),
+            *self._sums(lane),
+        ]
+        for row in range(self.rows.count):
+            body += self._stores(n, cb, y + row, start * columns.lanes + lane, lane, row)
+        return loop(q, -(-lanes // vector), body)
+
+    def _sums(self, lane: Any) -> list[Any]:
+        columns, kw = self.columns, self.conv.work.kw
+        at = columns.operand(lane)
+        stmts = []
+        for sums in self.sums:
+            for v in range(4):
+                value = tir.Broadcast(i32(0), self.count)
+                if self.bias is not None:
+                    value = tir.BufferLoad(self.biases, [i32(v), _ramp(at * 4, self.count)])
+                stmts.append(tir.BufferStore(sums, value, [i32(v), _ramp(i32(0), self.count)]))
+        products = [self._products(lane, at, x) for x in range(kw)]
+        return stmts + [stmt for stmts in products for stmt in stmts]
+
+    def _products(self, lane: Any, at: Any, kw: int) -> list[Any]:
+        """Return the dot products of a horizontal tap: each vector of data serves all rows."""
+        columns, stmts, width = self.columns, [], self.columns.computed * LANE
+        phase, offset = columns.tap(kw)
+        for group in range(self.rows.groups):
+            pairs = [(i, row) for i, (row, g) in enumerate(self.rows.pairs) if g == group]
+            for v in range(4):
+                first = (lane + offset * columns.lanes) * LANE
+                index = [i32(phase), i32(group), i32(v), _ramp(first, width)]
+                data = tir.Var("data", f"uint8x{width}")
+                stmts.append(tir.Bind(data, tir.BufferLoad(self.lines, index)))
+                for pair, row in pairs:
+                    index = [i32(pair), i32(kw), i32(v), _ramp(at * LANE, width)]
+                    where = [i32(v), _ramp(i32(0), self.count)]
+                    total = tir.BufferLoad(self.sums[row], where)
+                    total = vpdpbusd(total, data, tir.BufferLoad(self.taps, index))
+                    stmts.append(tir.BufferStore(self.sums[row], total, where))
+        return stmts
+
+    def _stores(self, n: Any, cb: Any, y: Any, to: Any, lane: Any, row: int) -> list[Any]:
+        """Return what makes outputs of a row's sums and stores them, from lane `to` of the row."""
+        epi, at = self.conv.work.epilogue, self.columns.operand(lane) * 4
+        sums, values = self.sums[row], []
+        narrows = epi.out_dtype in INT8_DTYPES and self.residual is None
+        for v in range(4):
+            total = tir.BufferLoad(sums, [i32(v), _ramp(i32(0), self.count)])
+            scale = None
+            if self.scale is not None:
+                scale = tir.BufferLoad(self.scales, [i32(v), _ramp(at, self.count)])
+            if narrows or self.residual is not None:
+                values.append(real_value(epi, total, scale, None))
+            else:
+                values.append(apply(epi, total, None, scale, None))
+
+        def where(lanes: Any, count: int) -> list[Any]:
+            return [n, cb, y, i32(0), _ramp(lanes, count)]
+
+        if narrows:
+            low, high = (int(bound) for bound in epi.bounds())
+            ends = (epi.out_zero_point, low, high)
+            words = narrowed(values, epi.out_dtype, *ends, epi.bounded, converts=True)
+            width = self.columns.computed * LANE
+            packed = tir.reinterpret(f"{epi.out_dtype}x{width}", words)
+            return [tir.BufferStore(self.out, packed, where(to * LANE, width))]
+        stmts = []
+        for v, value in enumerate(values):
+            named = tir.Var("value", compat.dtype_of(value))
+            stmts.append(tir.Bind(named, value))
+            for i in range(self.columns.computed):
+                part = tir.Shuffle([named], [i32(4 * i + j) for j in range(4)])
+                first = i * LANE + 4 * v
+                if self.residual is None:
+                    index = where(to * LANE + first, 4)
+                    stmts.append(tir.BufferStore(self.out, part, index))
+                else:
+                    index = [_ramp(i32(first), 4)]
+                    stmts.append(tir.BufferStore(self.ordered, part, index))
+        if self.residual is not None:
+            for i in range(self.columns.computed):
+                index = where((to + i) * LANE, LANE)
+                value = tir.BufferLoad(self.ordered, [_ramp(i32(i * LANE), LANE)])
+                value = real_value(epi, value, None, tir.BufferLoad(self.residual, index))
+                stmts.append(tir.BufferStore(self.out, stored_value(epi, value), index))
+        return stmts
+
+
+def _joined(parts: list[tuple[Any, int]]) -> Any:
+    """Return one vector of several, each given with its length."""
+    if len(parts) == 1:
+        return parts[0][0]
+    total = sum(count for _, count in parts)
+    return tir.Shuffle([vector for vector, _ in parts], [i32(i) for i in range(total)])
