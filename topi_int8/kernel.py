@@ -407,7 +407,8 @@ def build_x86_depthwise(vector: int) -> Build:
         packing = PackedDepthwise(work, blocks.out, "rows", "uint8")
         rows = x86_depthwise.choose_rows(work)
         columns = x86_depthwise.choose_columns(packing, rows, vector)
-        return _kernel(work, blocks, x86_depthwise.LanesPlan(packing, rows, columns))
+        last = x86_depthwise.choose_last(columns)
+        return _kernel(work, blocks, x86_depthwise.LanesPlan(packing, rows, columns, last))
 
     return build
 

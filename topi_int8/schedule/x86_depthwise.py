@@ -17,7 +17,8 @@ of a 3x3 with stride 1: 4 of interleaving, 12 dot products, 16 to 23 to requanti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +31,7 @@ from intrinsics.x86_rows import LANE, interleaved, vpdpbusd
 
 from ..compute.depthwise import PackedDepthwise, declare
 from ..compute.epilogue import apply, real_value, stored_value
-from ..workload import INT8_DTYPES, Conv2dWorkload
+from ..workload import INT8_DTYPES, Conv2dWorkload, Epilogue
 from .stages import rows_per_task
 
 # Vectors of sums of a block of rows: the other registers hold what they are made of.
@@ -116,16 +117,20 @@ class Columns:
         Output columns of a strip; the last strip may overlap the one before.
     vector : int
         Lanes of the widest vector: 4, 2 or 1.
+    lanes : int
+        Lanes of a pixel: all of a channel block's, or the first 1 or 2 of four, where the others
+        are padding.
     """
 
     conv: PackedDepthwise
     width: int
     vector: int
+    lanes: int
 
     @property
-    def lanes(self) -> int:
-        """Lanes of a pixel."""
-        return self.conv.block // LANE
+    def dense(self) -> bool:
+        """Whether the lanes of a pixel are followed by the next pixel's."""
+        return self.lanes * LANE == self.conv.block
 
     def tap(self, kw: int) -> tuple[int, int]:
         """Return (index of the phase, columns from the output's own) of a horizontal tap."""
@@ -179,12 +184,11 @@ class Columns:
         """Lanes of a vector that is interleaved."""
         counts = [(last - first) * self.lanes for first, last in self.ends if first < last]
         least = min(counts, default=self.vector)
-        strided = self.conv.work.strides[1] > 1
+        apart = self.conv.work.strides[1] > 1 or not self.dense
 
         def fits(vector: int) -> bool:
-            # With strides the next pixel is elsewhere.
             whole = self.lanes % vector == 0 or vector % self.lanes == 0
-            return vector <= least and (whole or not strided)
+            return vector <= least and (whole or not apart)
 
         return max(vector for vector in (1, 2, 4) if vector <= self.vector and fits(vector))
 
@@ -213,10 +217,27 @@ class Columns:
 def choose_columns(conv: PackedDepthwise, rows: Rows, vector: int) -> Columns:
     """Return strips of equal width, as few as `STRIP_BYTES` allows."""
     for strips in range(1, conv.work.ow + 1):
-        columns = Columns(conv, -(-conv.work.ow // strips), vector)
+        columns = Columns(conv, -(-conv.work.ow // strips), vector, conv.block // LANE)
         if columns.count * len(columns.phases) * rows.groups * 4 * conv.block <= STRIP_BYTES:
             break
     return columns
+
+
+def choose_last(columns: Columns) -> Columns:
+    """Return the columns of the last channel block: of its first lanes, if the others are padding.
+
+    Only outputs of 8 bits, whose padding is filled up as pixels are stored.
+    """
+    conv, epilogue = columns.conv, columns.conv.work.epilogue
+    lanes = -(-(conv.work.ic - (conv.blocks - 1) * conv.block) // LANE)
+    if columns.lanes != 4 or columns.vector != 4 or lanes > 2 or not narrows(epilogue):
+        return columns
+    return replace(columns, lanes=lanes)
+
+
+def narrows(epilogue: Epilogue) -> bool:
+    """Whether sums become 8-bit outputs by nothing but their scale."""
+    return epilogue.out_dtype in INT8_DTYPES and epilogue.residual_dtype is None
 
 
 @dataclass(frozen=True)
@@ -229,11 +250,14 @@ class LanesPlan:
         Summed by "rows".
     rows : Rows
     columns : Columns
+    last : Columns
+        Of the last channel block.
     """
 
     conv: PackedDepthwise
     rows: Rows
     columns: Columns
+    last: Columns
 
     @property
     def steps(self) -> int:
@@ -254,13 +278,41 @@ class LanesPlan:
             present = iter(ins[2:])
             given = (operands.bias, operands.scale, operands.residual)
             bias, scale, residual = (None if t is None else next(present) for t in given)
-            return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
+            operand = [ins[0], ins[1], bias, scale, residual, outs[0]]
+            return self._statement([_Emitter(self.rows, columns, *operand) for columns in kinds])
 
+        kinds = dict.fromkeys((self.columns, self.last))
         inputs = [data, weight, *operands.present]
         dtype = conv.work.epilogue.out_dtype
         out = te.extern(conv.out_shape, inputs, emit, name="out", dtype=dtype)
         func = te.create_prim_func([*inputs, out])
         return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+
+    def _statement(self, emitters: list[_Emitter]) -> Any:
+        """Return the parallel loop over images, channel blocks and shares of the rows.
+
+        A second emitter is the last channel block's.
+        """
+        conv = self.conv
+        shares = self.steps // self.steps_a_task
+        tasks = conv.work.n * conv.blocks * shares
+        task, step = (tir.Var(name, "int32") for name in ("task", "step"))
+        image = tir.floordiv(task, i32(shares))
+        n, cb = tir.floordiv(image, i32(conv.blocks)), tir.floormod(image, i32(conv.blocks))
+        at = tir.floormod(task, i32(shares)) * self.steps_a_task + step
+        y = tir.min(at * self.rows.count, i32(conv.work.oh - self.rows.count))
+
+        def share(emitter: _Emitter) -> Any:
+            each = loop(step, self.steps_a_task, emitter.rows_at(n, cb, y))
+            return sequence([*emitter.before(cb), each])
+
+        body = share(emitters[0])
+        if emitters[1:]:
+            body = tir.IfThenElse(cb < conv.blocks - 1, body, share(emitters[1]))
+        buffers = [buffer for emitter in emitters for buffer in emitter.buffers]
+        block = compat.Block([], [], [], "task", body, None, buffers, [], {})
+        inner = [compat.BlockRealize([], True, block)]
+        return loop(task, tasks, inner, parallel=tasks > 1)
 
 
 def _ramp(first: Any, count: int) -> Any:
@@ -268,16 +320,16 @@ def _ramp(first: Any, count: int) -> Any:
 
 
 class _Emitter:
-    """The statements of one kernel."""
+    """The statements of one kernel, for channel blocks of one kind."""
 
     def __init__(
-        self, plan: LanesPlan, data: Any, weight: Any, bias: Any, scale: Any, residual: Any,
-        out: Any,
+        self, rows: Rows, columns: Columns, data: Any, weight: Any, bias: Any, scale: Any,
+        residual: Any, out: Any,
     ) -> None:  # fmt: skip
-        self.plan, self.conv, self.rows, self.columns = plan, plan.conv, plan.rows, plan.columns
+        self.conv, self.rows, self.columns = columns.conv, rows, columns
         self.data, self.weight, self.out = data, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
-        rows, columns, work = self.rows, self.columns, self.conv.work
+        work = self.conv.work
         phases, lanes = len(columns.phases), columns.count * columns.lanes
         self.lines = tir.decl_buffer((phases, rows.groups, 4, lanes * LANE), "uint8", "lines")
         spare = columns.operand_lanes
@@ -292,33 +344,30 @@ class _Emitter:
         ]
         self.ordered = tir.decl_buffer((4 * self.count,), "float32", "ordered")
 
-    def statement(self) -> Any:
-        """Return the parallel loop over images, channel blocks and shares of the rows."""
-        conv, plan = self.conv, self.plan
-        shares = plan.steps // plan.steps_a_task
-        tasks = conv.work.n * conv.blocks * shares
-        task, step, strip = (tir.Var(name, "int32") for name in ("task", "step", "strip"))
-        image = tir.floordiv(task, i32(shares))
-        n, cb = tir.floordiv(image, i32(conv.blocks)), tir.floormod(image, i32(conv.blocks))
-        at = tir.floormod(task, i32(shares)) * plan.steps_a_task + step
-        y = tir.min(at * self.rows.count, i32(conv.work.oh - self.rows.count))
-        starts = self.columns.starts
-        start = tir.min(strip * self.columns.width, i32(starts[-1])) if starts[1:] else i32(0)
-        borders = self._borders(start) if self.columns.bordered else []
+    @property
+    def buffers(self) -> list[Any]:
+        """The buffers that a task needs."""
+        optional = ((self.bias, self.biases), (self.scale, self.scales))
+        optional += ((self.residual, self.ordered),)
+        used = [buffer for operand, buffer in optional if operand is not None]
+        return [self.lines, self.taps, *self.sums, *used]
+
+    def before(self, cb: Any) -> list[Any]:
+        """Return what a task does once: operands in order, and borders that nothing writes to."""
+        borders = self.columns.bordered and not self.columns.starts[1:]
+        return [*self._operands(cb), *(self._borders(i32(0)) if borders else [])]
+
+    def rows_at(self, n: Any, cb: Any, y: Any) -> list[Any]:
+        """Return what computes the block of output rows from y on, strip by strip."""
+        columns, starts = self.columns, self.columns.starts
+        if not starts[1:]:
+            return [*self._gather(n, cb, y, i32(0)), self._outputs(n, cb, y, i32(0))]
+        strip = tir.Var("strip", "int32")
+        start = tir.min(strip * columns.width, i32(starts[-1]))
         each = [*self._gather(n, cb, y, start), self._outputs(n, cb, y, start)]
-        before = []
-        if starts[1:]:
-            each = [loop(strip, len(starts), [*borders, *each])]
-        else:  # nothing writes to them
-            before = borders
-        body = [*self._operands(cb), *before, loop(step, plan.steps_a_task, each)]
-        buffers = [self.lines, self.taps, *self.sums]
-        buffers += [self.biases] if self.bias is not None else []
-        buffers += [self.scales] if self.scale is not None else []
-        buffers += [self.ordered] if self.residual is not None else []
-        block = compat.Block([], [], [], "task", sequence(body), None, buffers, [], {})
-        inner = [compat.BlockRealize([], True, block)]
-        return loop(task, tasks, inner, parallel=tasks > 1)
+        if columns.bordered:
+            each = [*self._borders(start), *each]
+        return [loop(strip, len(starts), each)]
 
     # ------------------------------------------------------------ operands of the channels
 
@@ -455,14 +504,15 @@ class _Emitter:
         def load(at: Any, count: int) -> Any:
             return tir.BufferLoad(self.data, [n, cb, row, column, _ramp(at, count)])
 
-        if stride == 1 or columns.lanes % vector == 0:
-            x, within = tir.floordiv(lane, i32(columns.lanes)), tir.floormod(lane, i32(columns.lanes))
-            at = lane * LANE if stride == 1 else x * (stride * block) + within * LANE
-            value = load(at, vector * LANE)
+        lanes = i32(columns.lanes)
+        x, within = tir.floordiv(lane, lanes), tir.floormod(lane, lanes)
+        if stride == 1 and columns.dense:
+            value = load(lane * LANE, vector * LANE)
+        elif columns.lanes % vector == 0:
+            value = load(x * (stride * block) + within * LANE, vector * LANE)
         else:
-            x = tir.floordiv(lane, i32(columns.lanes))
-            pixels = range(vector // columns.lanes)
-            value = _joined([(load((x + i) * (stride * block), block), block) for i in pixels])
+            pixels, size = range(vector // columns.lanes), columns.lanes * LANE
+            value = _joined([(load((x + i) * (stride * block), size), size) for i in pixels])
         if work.data_dtype == "int8":
             value = tir.reinterpret(f"uint8x{vector * LANE}", value)
             value = value ^ tir.Broadcast(tir.const(128, "uint8"), vector * LANE)
@@ -519,13 +569,12 @@ class _Emitter:
         """Return what makes outputs of a row's sums and stores them, from lane `to` of the row."""
         epi, at = self.conv.work.epilogue, self.columns.operand(lane) * 4
         sums, values = self.sums[row], []
-        narrows = epi.out_dtype in INT8_DTYPES and self.residual is None
         for v in range(4):
             total = tir.BufferLoad(sums, [i32(v), _ramp(i32(0), self.count)])
             scale = None
             if self.scale is not None:
                 scale = tir.BufferLoad(self.scales, [i32(v), _ramp(at, self.count)])
-            if narrows or self.residual is not None:
+            if narrows(epi) or self.residual is not None:
                 values.append(real_value(epi, total, scale, None))
             else:
                 values.append(apply(epi, total, None, scale, None))
@@ -533,13 +582,15 @@ class _Emitter:
         def where(lanes: Any, count: int) -> list[Any]:
             return [n, cb, y, i32(0), _ramp(lanes, count)]
 
-        if narrows:
+        if narrows(epi):
             low, high = (int(bound) for bound in epi.bounds())
             ends = (epi.out_zero_point, low, high)
             words = narrowed(values, epi.out_dtype, *ends, epi.bounded, converts=True)
             width = self.columns.computed * LANE
             packed = tir.reinterpret(f"{epi.out_dtype}x{width}", words)
-            return [tir.BufferStore(self.out, packed, where(to * LANE, width))]
+            if self.columns.dense:
+                return [tir.BufferStore(self.out, packed, where(to * LANE, width))]
+            return self._padded(packed, tir.floordiv(to, i32(self.columns.lanes)), where)
         stmts = []
         for v, value in enumerate(values):
             named = tir.Var("value", compat.dtype_of(value))
@@ -559,6 +610,19 @@ class _Emitter:
                 value = tir.BufferLoad(self.ordered, [_ramp(i32(i * LANE), LANE)])
                 value = real_value(epi, value, None, tir.BufferLoad(self.residual, index))
                 stmts.append(tir.BufferStore(self.out, stored_value(epi, value), index))
+        return stmts
+
+
+    def _padded(self, packed: Any, x: Any, where: Callable[[Any, int], list[Any]]) -> list[Any]:
+        """Return the stores of whole pixels, from the x-th on: padding is the zero point."""
+        size, block, epi = self.columns.lanes * LANE, self.conv.block, self.conv.work.epilogue
+        named = tir.Var("packed", compat.dtype_of(packed))
+        rest = tir.Broadcast(tir.const(epi.out_zero_point, epi.out_dtype), block - size)
+        stmts = [tir.Bind(named, packed)]
+        for i in range(self.columns.computed // self.columns.lanes):
+            own = tir.Shuffle([named], [i32(i * size + j) for j in range(size)])
+            pixel = _joined([(own, size), (rest, block - size)])
+            stmts.append(tir.BufferStore(self.out, pixel, where((x + i) * block, block)))
         return stmts
 
 
