@@ -39,7 +39,9 @@ SUMS = 16
 # Bytes of interleaved rows: they stay in the first-level cache beside weights and output.
 STRIP_BYTES = 24 * 1024
 # Dot products that are unrolled; of more the horizontal taps are a loop.
-UNROLLED = 256
+UNROLLED = 160
+# Vectors of a row from which on interleaving goes beside the sums.
+LONG_ROW = 24
 # Parts into which an image is cut at least, if its rows allow it, to be shared by threads: each
 # interleaves its weights anew.
 PARTS = 16
@@ -137,7 +139,7 @@ class Columns:
         offset, stride = kw * self.conv.work.dilation[1], self.conv.work.strides[1]
         return self.phases.index(offset % stride), offset // stride
 
-    @property
+    @cached_property
     def phases(self) -> list[int]:
         """The phases that taps read."""
         work = self.conv.work
@@ -197,6 +199,23 @@ class Columns:
         """Lanes of a vector of sums."""
         most = min(self.vector, self.width * self.lanes)
         return max(vector for vector in (1, 2, 4) if vector <= most)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of sums of a strip's row."""
+        return -(-self.width * self.lanes // self.computed)
+
+    @property
+    def alike(self) -> bool:
+        """Whether as wide vectors are interleaved as summed, in each phase of each strip."""
+        return self.gathered == self.computed and all(first < last for first, last in self.ends)
+
+    @property
+    def ahead(self) -> int:
+        """Vectors by which interleaving is ahead of the sums that read what it stores."""
+        taps = -(-(self.count - self.width) * self.lanes // self.computed)
+        # A load of bytes of two stores waits until both have reached the cache.
+        return taps if self.lanes % self.computed == 0 else taps + 1
 
     @property
     def operand_lanes(self) -> int:
@@ -319,6 +338,16 @@ def _ramp(first: Any, count: int) -> Any:
     return tir.Ramp(first, i32(1), count)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Image, channel block, output row and column at which a strip of a block of rows begins."""
+
+    n: Any
+    cb: Any
+    y: Any
+    start: Any
+
+
 class _Emitter:
     """The statements of one kernel, for channel blocks of one kind."""
 
@@ -361,13 +390,63 @@ class _Emitter:
         """Return what computes the block of output rows from y on, strip by strip."""
         columns, starts = self.columns, self.columns.starts
         if not starts[1:]:
-            return [*self._gather(n, cb, y, i32(0)), self._outputs(n, cb, y, i32(0))]
+            return self._strip(_Place(n, cb, y, i32(0)))
         strip = tir.Var("strip", "int32")
         start = tir.min(strip * columns.width, i32(starts[-1]))
-        each = [*self._gather(n, cb, y, start), self._outputs(n, cb, y, start)]
+        each = self._strip(_Place(n, cb, y, start))
         if columns.bordered:
             each = [*self._borders(start), *each]
         return [loop(strip, len(starts), each)]
+
+    def _strip(self, at: _Place) -> list[Any]:
+        """Return what computes a strip of a block of rows; rows outside of the image are checked
+        for only where there are some.
+        """
+        work = self.conv.work
+        stmts = self._beside(at) if self.beside else self._apart(at, checked=False)
+        if not work.padding[0] and not work.padding[2]:
+            return stmts
+        top = self._top(at)
+        inside = tir.all(top >= 0, top + (self.rows.span - 1) * self.rows.unit < work.ih)
+        checked = sequence(self._apart(at, checked=True))
+        return [tir.IfThenElse(inside, sequence(stmts), checked)]
+
+    @property
+    def beside(self) -> bool:
+        """Whether vectors are interleaved beside sums, since that takes one port and these two.
+
+        Only much of it, and in long rows, pays for what is interleaved twice.
+        """
+        columns = self.columns
+        much = self.rows.groups > 1 or self.conv.work.strides[1] > 1
+        return much and columns.alike and columns.vectors >= LONG_ROW
+
+    def _apart(self, at: _Place, checked: bool) -> list[Any]:
+        """Return the loops that interleave, and behind them the one that computes."""
+        columns, stmts = self.columns, []
+        for p, phase in enumerate(columns.phases):
+            q = tir.Var("q", "int32")
+            first, last = columns.inside(at.start, phase)
+            lanes = (last - first) * columns.lanes
+            count = tir.floordiv(lanes + (columns.gathered - 1), i32(columns.gathered))
+            stmts.append(loop(q, count, self._interleave(at, p, q, checked)))
+        q = tir.Var("q", "int32")
+        return [*stmts, loop(q, columns.vectors, self._outputs(at, q))]
+
+    def _beside(self, at: _Place) -> list[Any]:
+        """Return the loop that interleaves some vectors ahead of those that it computes."""
+        columns = self.columns
+        ahead = columns.ahead
+        first, q = tir.Var("q", "int32"), tir.Var("q", "int32")
+
+        def all_phases(number: Any) -> list[Any]:
+            phases = range(len(columns.phases))
+            return [s for p in phases for s in self._interleave(at, p, number, checked=False)]
+
+        return [
+            loop(first, ahead, all_phases(first)),
+            loop(q, columns.vectors, [*all_phases(q + ahead), *self._outputs(at, q)]),
+        ]
 
     # ------------------------------------------------------------ operands of the channels
 
@@ -378,13 +457,14 @@ class _Emitter:
         for lane in range(0, columns.operand_lanes, vector):
             lane = min(lane, columns.operand_lanes - vector)
             for pair, (row, group) in enumerate(self.rows.pairs):
-                for kw in range(self.conv.work.kw):
-                    tiles = interleaved(
-                        [self._tap(cb, tap, kw, lane) for tap in self.rows.taps(row, group)]
-                    )
-                    for v, tile in enumerate(tiles):
-                        index = [i32(pair), i32(kw), i32(v), _ramp(i32(lane * LANE), vector * LANE)]
-                        stmts.append(tir.BufferStore(self.taps, tile, index))
+                kw, taps = tir.Var("kw", "int32"), self.rows.taps(row, group)
+                tiles = interleaved([self._tap(cb, tap, kw, lane) for tap in taps])
+                where = _ramp(i32(lane * LANE), vector * LANE)
+                stores = [
+                    tir.BufferStore(self.taps, tile, [i32(pair), kw, i32(v), where])
+                    for v, tile in enumerate(tiles)
+                ]
+                stmts.append(loop(kw, self.conv.work.kw, stores))
         moved = ((self.bias, self.biases), (self.scale, self.scales))
         for source, target in moved:
             if source is None:
@@ -397,14 +477,14 @@ class _Emitter:
                     stmts.append(tir.BufferStore(target, value, index))
         return stmts
 
-    def _tap(self, cb: Any, tap: int | None, kw: int, lane: int) -> Any:
+    def _tap(self, cb: Any, tap: int | None, kw: Any, lane: int) -> Any:
         """Return the weights of a tap for a vector of lanes; zero if there is none."""
         vector = self.columns.computed
         if tap is None:
             return tir.Broadcast(tir.const(0, "int8"), vector * LANE)
 
         def load(at: Any, count: int) -> Any:
-            index = [cb, i32(tap), i32(kw), _ramp(at, count)]
+            index = [cb, i32(tap), kw, _ramp(at, count)]
             return tir.BufferLoad(self.weight, index)
 
         return self._pieces(lane, vector, load)
@@ -446,63 +526,48 @@ class _Emitter:
     def _border(self, count: int) -> Any:
         return tir.Broadcast(tir.const(self.conv.padded.data_zero_point, "uint8"), count)
 
-    def _gather(self, n: Any, cb: Any, y: Any, start: Any) -> list[Any]:
-        """Return what interleaves the rows of a block's columns."""
-        work, unit = self.conv.work, self.rows.unit
-        top = y * work.strides[0] - work.padding[0]
-        stmts = []
-        for g in range(self.rows.groups):
-            first = top + 4 * g * unit
-            count = min(4, self.rows.span - 4 * g)
-            inside = tir.all(first >= 0, first + (count - 1) * unit < work.ih)
-            always = self.rows.span <= work.ih and not work.padding[0] and not work.padding[2]
-            whole = self._interleave(n, cb, start, g, first, count, checked=False)
-            if always:
-                stmts += whole
-                continue
-            checked = self._interleave(n, cb, start, g, first, count, checked=True)
-            stmts.append(tir.IfThenElse(inside, sequence(whole), sequence(checked)))
-        return stmts
+    def _top(self, at: _Place) -> Any:
+        """Return the first row of the image that a block of output rows reads."""
+        return at.y * self.conv.work.strides[0] - self.conv.work.padding[0]
 
-    def _interleave(
-        self, n: Any, cb: Any, start: Any, g: int, top: Any, count: int, checked: bool
-    ) -> list[Any]:
-        columns, work, stmts = self.columns, self.conv.work, []
+    def _interleave(self, at: _Place, p: int, number: Any, checked: bool) -> list[Any]:
+        """Return what interleaves a vector of a phase, the last one where there is no such number.
+
+        checked : whether rows may be outside of the image.
+        """
+        columns, work, rows, stmts = self.columns, self.conv.work, self.rows, []
         vector = columns.gathered
         width = vector * LANE
-        for p, phase in enumerate(columns.phases):
-            first, last = columns.inside(start, phase)
-            lanes = (last - first) * columns.lanes
-            q = tir.Var("q", "int32")
-            lane = first * columns.lanes + tir.min(q * vector, lanes - vector)
-            rows = []
+        phase = columns.phases[p]
+        first, last = columns.inside(at.start, phase)
+        end = (last - first) * columns.lanes - vector
+        lane = tir.Var("lane", "int32")
+        stmts = [tir.Bind(lane, first * columns.lanes + tir.min(number * vector, end))]
+        for group in range(rows.groups):
+            loaded = []
             for t in range(4):
-                row = top + t * self.rows.unit
-                value = self._border(width)
-                if t < count:
-                    value = self._row(n, cb, row, start, phase, lane)
+                row, value = self._top(at) + (4 * group + t) * rows.unit, self._border(width)
+                if 4 * group + t < rows.span:
+                    value = self._row(at, row, phase, lane)
                     if checked:
                         inside = tir.all(row >= 0, row < work.ih)
                         value = tir.if_then_else(inside, value, self._border(width))
-                rows.append(tir.Var(f"row{t}", compat.dtype_of(value)))
-                stmts_row = tir.Bind(rows[-1], value)
-                rows[-1] = (rows[-1], stmts_row)
-            body = [bind for _, bind in rows]
-            for v, tile in enumerate(interleaved([var for var, _ in rows])):
-                index = [i32(p), i32(g), i32(v), _ramp(lane * LANE, width)]
-                body.append(tir.BufferStore(self.lines, tile, index))
-            stmts.append(loop(q, tir.floordiv(lanes + (vector - 1), i32(vector)), body))
+                loaded.append(tir.Var(f"row{t}", compat.dtype_of(value)))
+                stmts.append(tir.Bind(loaded[-1], value))
+            for v, tile in enumerate(interleaved(loaded)):
+                index = [i32(p), i32(group), i32(v), _ramp(lane * LANE, width)]
+                stmts.append(tir.BufferStore(self.lines, tile, index))
         return stmts
 
-    def _row(self, n: Any, cb: Any, row: Any, start: Any, phase: int, lane: Any) -> Any:
+    def _row(self, place: _Place, row: Any, phase: int, lane: Any) -> Any:
         """Return a vector of a phase's lanes of a row, as uint8."""
         columns, work = self.columns, self.conv.work
         stride, block = work.strides[1], self.conv.block
-        column = start * stride + (phase - work.padding[1])
+        column = place.start * stride + (phase - work.padding[1])
         vector = columns.gathered
 
         def load(at: Any, count: int) -> Any:
-            return tir.BufferLoad(self.data, [n, cb, row, column, _ramp(at, count)])
+            return tir.BufferLoad(self.data, [place.n, place.cb, row, column, _ramp(at, count)])
 
         lanes = i32(columns.lanes)
         x, within = tir.floordiv(lane, lanes), tir.floormod(lane, lanes)
@@ -520,36 +585,43 @@ class _Emitter:
 
     # ------------------------------------------------------------ sums and outputs
 
-    def _outputs(self, n: Any, cb: Any, y: Any, start: Any) -> Any:
-        """Return the loop over a strip's vectors of outputs."""
-        columns, q = self.columns, tir.Var("q", "int32")
-        lanes, vector = columns.width * columns.lanes, columns.computed
+    def _outputs(self, at: _Place, q: Any) -> list[Any]:
+        """Return what computes the q-th vector of a strip's outputs."""
+        columns = self.columns
         lane = tir.Var("lane", "int32")
-        body = [
-            tir.Bind(lane, tir.min(q * vector, i32(lanes - vector))),
-            *self._sums(lane),
-        ]
+        first = tir.min(q * columns.computed, i32(columns.width * columns.lanes - columns.computed))
+        stmts = [tir.Bind(lane, first), *self._sums(lane)]
         for row in range(self.rows.count):
-            body += self._stores(n, cb, y + row, start * columns.lanes + lane, lane, row)
-        return loop(q, -(-lanes // vector), body)
+            stmts += self._stores(at, lane, row)
+        return stmts
 
     def _sums(self, lane: Any) -> list[Any]:
-        columns, kw = self.columns, self.conv.work.kw
-        at = columns.operand(lane)
-        stmts = []
+        work, at, stmts = self.conv.work, self.columns.operand(lane), []
         for sums in self.sums:
             for v in range(4):
                 value = tir.Broadcast(i32(0), self.count)
                 if self.bias is not None:
                     value = tir.BufferLoad(self.biases, [i32(v), _ramp(at * 4, self.count)])
                 stmts.append(tir.BufferStore(sums, value, [i32(v), _ramp(i32(0), self.count)]))
-        products = [self._products(lane, at, x) for x in range(kw)]
-        return stmts + [stmt for stmts in products for stmt in stmts]
+        # A pass of the loop over horizontal taps takes one of each phase.
+        a_pass = work.strides[1]
+        passes = work.kw // a_pass if 4 * work.kw * len(self.rows.pairs) > UNROLLED else 0
+        if passes:
+            k = tir.Var("k", "int32")
+            taps = [s for j in range(a_pass) for s in self._products(lane, at, j, k * a_pass)]
+            stmts.append(loop(k, passes, taps))
+        for kw in range(passes * a_pass, work.kw):
+            stmts += self._products(lane, at, kw, i32(0))
+        return stmts
 
-    def _products(self, lane: Any, at: Any, kw: int) -> list[Any]:
-        """Return the dot products of a horizontal tap: each vector of data serves all rows."""
+    def _products(self, lane: Any, at: Any, kw: int, more: Any) -> list[Any]:
+        """Return the dot products of horizontal tap `kw` + `more`, a multiple of the stride: each
+        vector of data serves all rows.
+        """
         columns, stmts, width = self.columns, [], self.columns.computed * LANE
         phase, offset = columns.tap(kw)
+        work = self.conv.work
+        offset += tir.floordiv(more, i32(work.strides[1])) * work.dilation[1]
         for group in range(self.rows.groups):
             pairs = [(i, row) for i, (row, g) in enumerate(self.rows.pairs) if g == group]
             for v in range(4):
@@ -558,16 +630,17 @@ class _Emitter:
                 data = tir.Var("data", f"uint8x{width}")
                 stmts.append(tir.Bind(data, tir.BufferLoad(self.lines, index)))
                 for pair, row in pairs:
-                    index = [i32(pair), i32(kw), i32(v), _ramp(at * LANE, width)]
+                    index = [i32(pair), more + kw, i32(v), _ramp(at * LANE, width)]
                     where = [i32(v), _ramp(i32(0), self.count)]
                     total = tir.BufferLoad(self.sums[row], where)
                     total = vpdpbusd(total, data, tir.BufferLoad(self.taps, index))
                     stmts.append(tir.BufferStore(self.sums[row], total, where))
         return stmts
 
-    def _stores(self, n: Any, cb: Any, y: Any, to: Any, lane: Any, row: int) -> list[Any]:
-        """Return what makes outputs of a row's sums and stores them, from lane `to` of the row."""
+    def _stores(self, place: _Place, lane: Any, row: int) -> list[Any]:
+        """Return what makes outputs of the sums of one of a block's rows, and stores them."""
         epi, at = self.conv.work.epilogue, self.columns.operand(lane) * 4
+        to = place.start * self.columns.lanes + lane
         sums, values = self.sums[row], []
         for v in range(4):
             total = tir.BufferLoad(sums, [i32(v), _ramp(i32(0), self.count)])
@@ -580,7 +653,7 @@ class _Emitter:
                 values.append(apply(epi, total, None, scale, None))
 
         def where(lanes: Any, count: int) -> list[Any]:
-            return [n, cb, y, i32(0), _ramp(lanes, count)]
+            return [place.n, place.cb, place.y + row, i32(0), _ramp(lanes, count)]
 
         if narrows(epi):
             low, high = (int(bound) for bound in epi.bounds())
