@@ -81,16 +81,16 @@ def narrowed(
     ValueError
         For another dtype, number or length of vectors, or bounds that are not the type's.
     """
-    lanes = int(dtype_of(values[0]).partition("x")[2]) if values else LANES
     if dtype not in _RANGE:
         raise ValueError(f"dtype is {dtype}; allowed: uint8, int8")
     if len(values) not in (1, 2, 4):
         raise ValueError(f"{len(values)} values; allowed: 1, 2 or 4 vectors")
-    if lanes not in _PACKS:
-        raise ValueError(f"vectors are of {lanes} values; allowed: {', '.join(map(str, _PACKS))}")
     least, most = _RANGE[dtype]
     if not least <= low <= high <= most:
         raise ValueError(f"low, high are {low}, {high}; allowed: within {least}, {most}")
+    lanes = int(dtype_of(values[0]).partition("x")[2])
+    if lanes not in _PACKS:
+        raise ValueError(f"vectors are of {lanes} values; allowed: {', '.join(map(str, _PACKS))}")
 
     def many(value: Any, count: int = lanes) -> Any:
         return tir.Broadcast(value, count)

@@ -10,6 +10,8 @@ puts the channels back in order: `vpackssdw` and `vpackuswb` undo `vpunpck`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from . import compat
@@ -41,9 +43,7 @@ def interleaved(rows: list[Any]) -> list[Any]:
 
 def _unpacked(a: Any, b: Any, size: int) -> list[Any]:
     """Return `vpunpckl` and `vpunpckh` of units of `size` bytes."""
-    dtype, _, count = compat.dtype_of(a).partition("x")
-    total = int(count)
-    halves = []
+    total, halves = _length(a), []
     for start in (0, LANE // 2):
         order = [
             side * total + lane + start + at + byte
@@ -66,9 +66,85 @@ def vpdpbusd(acc: Any, data: Any, weight: Any) -> Any:
     data, weight : PrimExpr
         uint8 and int8 vectors of four times as many elements.
     """
-    dtype = compat.dtype_of(acc)
-    bits = 32 * int(dtype.partition("x")[2])
+    dtype, lanes = compat.dtype_of(acc), _length(acc)
     # LLVM 22 changed the operands from int32 vectors to int8 vectors; same instruction.
-    words = f"int8x{bits // 8}" if compat.llvm_major() >= 22 else dtype
+    words = f"int8x{4 * lanes}" if compat.llvm_major() >= 22 else dtype
     a, b = (tir.reinterpret(words, value) for value in (data, weight))
-    return pure_call(f"llvm.x86.avx512.vpdpbusd.{bits}", dtype, acc, a, b)
+    return pure_call(f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", dtype, acc, a, b)
+
+
+# LLVM's names by the number of int32 lanes.
+_MADDUBSW = {16: "avx512.pmaddubs.w.512", 8: "avx2.pmadd.ub.sw", 4: "ssse3.pmadd.ub.sw.128"}
+_MADDWD = {16: "avx512.pmaddw.d.512", 8: "avx2.pmadd.wd", 4: "sse2.pmadd.wd"}
+
+
+def _maddwd(acc: Any, a: Any, b: Any) -> Any:
+    lanes = _length(acc)
+    return acc + pure_call(f"llvm.x86.{_MADDWD[lanes]}", f"int32x{lanes}", a, b)
+
+
+def vpmaddubsw(acc: Any, data: Any, weight: Any) -> Any:
+    """Return what `vpdpbusd` does, as long as no sum of two products leaves int16."""
+    lanes = _length(acc)
+    name = f"llvm.x86.{_MADDUBSW[lanes]}"
+    pairs = pure_call(name, f"int16x{2 * lanes}", data, weight)
+    return _maddwd(acc, pairs, tir.Broadcast(tir.const(1, "int16"), 2 * lanes))
+
+
+def vpmaddwd(acc: Any, data: Any, even: Any, odd: Any) -> Any:
+    """Return what `vpdpbusd` does; `even` and `odd` are every other weight, as int16."""
+    lanes = _length(acc)
+    words = tir.reinterpret(f"int16x{2 * lanes}", data)
+    low = words & tir.Broadcast(tir.const(255, "int16"), 2 * lanes)
+    high = tir.reinterpret(f"uint16x{2 * lanes}", data)
+    high = high >> tir.Broadcast(tir.const(8, "uint16"), 2 * lanes)
+    acc = _maddwd(acc, low, even)
+    return _maddwd(acc, tir.reinterpret(f"int16x{2 * lanes}", high), odd)
+
+
+def _whole(tile: Any) -> list[Any]:
+    return [tile]
+
+
+def _halves(tile: Any) -> list[Any]:
+    """Return the even and the odd elements of an int8 vector as int16."""
+    lanes = _length(tile) // 2
+    words = tir.reinterpret(f"int16x{lanes}", tile)
+    byte = tir.Broadcast(tir.const(8, "int16"), lanes)
+    return [(words << byte) >> byte, words >> byte]
+
+
+def _length(vector: Any) -> int:
+    return int(compat.dtype_of(vector).partition("x")[2])
+
+
+@dataclass(frozen=True)
+class RowProduct:
+    """How the four rows of each channel are multiplied and added up.
+
+    Parameters
+    ----------
+    mnemonic : str
+        The instruction.
+    dtype : str
+        Of the weights as they are read.
+    weights : callable
+        An int8 vector of interleaved weights -> the vectors of `dtype` that `add` takes.
+    add : callable
+        (int32 sums, uint8 data, *weights) -> sums; see `vpdpbusd`.
+    parts : int
+        Vectors of weights.
+    """
+
+    mnemonic: str
+    dtype: str
+    weights: Callable[[Any], list[Any]]
+    add: Callable[..., Any]
+    parts: int = 1
+
+
+ROW_PRODUCTS = {
+    "vpdpbusd": RowProduct("vpdpbusd", "int8", _whole, vpdpbusd),
+    "vpmaddubsw": RowProduct("vpmaddubsw", "int8", _whole, vpmaddubsw),
+    "vpmaddwd": RowProduct("vpmaddwd", "int16", _halves, vpmaddwd, parts=2),
+}

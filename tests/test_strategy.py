@@ -207,10 +207,50 @@ def test_nhwc_gathers_sixteen_channels(channels, stays):
     assert (dict(decision.declined).get("depthwise_nhwc_neon_dotprod") == reason) != stays
 
 
+X86_DEPTHWISE = [
+    "avx512_vnni", "avx_vnni", "avx512_bw_7bit", "avx512_bw", "avx2_7bit", "avx2",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("isa", ISAS)
-def test_depthwise_on_x86_asks_no_row_of_arm(isa):
-    decision = strategy.conv2d(DEPTHWISE_3X3, isa_target(isa))
-    assert (decision.strategy, decision.declined) == ("depthwise_nchwc", ())
+@pytest.mark.parametrize("layout", ["NCHWc", "NHWC"])
+def test_depthwise_on_x86_asks_no_row_of_arm(isa, layout):
+    stem = f"depthwise_{layout.lower()}"
+    decision = strategy.conv2d(DEPTHWISE_3X3, isa_target(isa), layout)
+    best = {"amx_int8": "avx512_vnni", "generic": ""}.get(isa, isa)
+    assert decision.strategy == (f"{stem}_{best}" if best else stem)
+    upto = X86_DEPTHWISE.index(best) if best else len(X86_DEPTHWISE)
+    assert [name for name, _ in decision.declined] == [
+        f"{stem}_{suffix}" for suffix in X86_DEPTHWISE[:upto]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "plain", "wins"),
+    [
+        ({"weight_range": (-64, 63)}, False, "depthwise_nchwc_avx2_7bit"),
+        ({"weight_range": (-128, 127)}, False, "depthwise_nchwc_avx2"),
+        ({"weight_dtype": "uint8", "weight_range": None}, False, "depthwise_nchwc"),
+        ({}, True, "depthwise_nchwc"),
+    ],
+)
+def test_depthwise_on_x86(change, plain, wins):
+    work = dataclasses.replace(DEPTHWISE_3X3, **change)
+    decision = strategy.conv2d(work, isa_target("avx2"), plain=plain)
+    assert decision.strategy == wins
+    reasons = dict(decision.declined)
+    if plain:
+        assert "a function of its own" in reasons["depthwise_nchwc_avx2"]
+    elif wins == "depthwise_nchwc":
+        assert "may not fit int8" in reasons["depthwise_nchwc_avx2"]
+
+
+def test_depthwise_in_nhwc_takes_lanes_of_16_channels():
+    work = dataclasses.replace(DEPTHWISE_3X3, ic=24, oc=24, groups=24)
+    decision = strategy.conv2d(work, isa_target("avx512_vnni"), "NHWC")
+    assert decision.strategy == "depthwise_nhwc"
+    declined = dict(decision.declined)["depthwise_nhwc_avx512_vnni"]
+    assert declined == "24 channels are no multiple of 16"
 
 
 def test_one_output_pixel_is_no_matrix():
@@ -427,7 +467,8 @@ def test_packings_refuse_the_wrong_operator_and_weight():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"how": "quads"}, r"how is 'quads'; allowed: plain, pairs, row_pairs, dot"),
+        ({"how": "quads"}, r"how is 'quads'; allowed: plain, pairs, row_pairs, dot, rows"),
+        ({"how": "rows", "block": 24}, r"block is 24; allowed with rows: multiples of 16"),
         ({"how": "dot", "block": 24}, r"block is 24; allowed with dot: multiples of 16"),
         ({"how": "dot", "strip": 5}, r"strip is 5; allowed: divisors of 28"),
     ],

@@ -398,17 +398,17 @@ def build_depthwise(work: Conv2dWorkload, blocks: Blocks, feats: Features, _ask:
     return _kernel(work, blocks, DepthwisePlan(packing, lanes, registers))
 
 
-def build_x86_depthwise(vector: int) -> Build:
-    """Return the builder of the depthwise convolution by vpdpbusd, in vectors of that many lanes of
-    16 bytes (x86).
+def build_x86_depthwise(how: str, bits: int) -> Build:
+    """Return the builder of x86's depthwise convolution by that product of four rows, in vectors of
+    so many bits.
     """
 
     def build(work: Conv2dWorkload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
         packing = PackedDepthwise(work, blocks.out, "rows", "uint8")
         rows = x86_depthwise.choose_rows(work)
-        columns = x86_depthwise.choose_columns(packing, rows, vector)
+        columns = x86_depthwise.choose_columns(packing, rows, bits // 128)
         last = x86_depthwise.choose_last(columns)
-        return _kernel(work, blocks, x86_depthwise.LanesPlan(packing, rows, columns, last))
+        return _kernel(work, blocks, x86_depthwise.LanesPlan(packing, rows, columns, last, how))
 
     return build
 

@@ -21,10 +21,10 @@ from .kernel import (
     build_arm,
     build_arm_depthwise,
     build_depthwise,
-    build_x86_depthwise,
     build_dot,
     build_vector,
     build_winograd,
+    build_x86_depthwise,
     declines_winograd,
     default_blocks,
 )
@@ -220,25 +220,27 @@ def _declines_depthwise_dot(work: Workload, feats: Features) -> str | None:
     return _declines_folded(work, feats)
 
 
-def _declines_nhwc_depthwise_dot(work: Workload, feats: Features) -> str | None:
-    if work.ic % 16:
-        return f"{work.ic} channels are no multiple of 16"
-    return _declines_depthwise_dot(work, feats)
+def _nhwc_in_lanes(declines: Accepts) -> Accepts:
+    """Return the reasons for no of a depthwise kernel on lanes of 16 channels, in NHWC."""
+
+    def nhwc(work: Workload, feats: Features) -> str | None:
+        assert isinstance(work, Conv2dWorkload)
+        if work.ic % 16:
+            return f"{work.ic} channels are no multiple of 16"
+        return declines(work, feats)
+
+    return nhwc
 
 
-def _declines_rows(work: Workload, feats: Features) -> str | None:
-    assert isinstance(work, Conv2dWorkload)
-    return _declines_dot(work, feats)
-
-
-def _declines_nhwc_rows(work: Workload, feats: Features) -> str | None:
-    if work.ic % 16:
-        return f"{work.ic} channels are no multiple of 16"
-    return _declines_rows(work, feats)
-
-
-# instruction set, lanes of 16 bytes in a vector
-_X86_DEPTHWISE = (("avx512_vnni", 4), ("avx_vnni", 2))
+# suffix, instruction set, product of four rows, bits of a vector, reasons for no
+_X86_DEPTHWISE: tuple[tuple[str, str, str, int, Accepts], ...] = (
+    ("avx512_vnni", "avx512_vnni", "vpdpbusd", 512, _declines_dot),
+    ("avx_vnni", "avx_vnni", "vpdpbusd", 256, _declines_dot),
+    ("avx512_bw_7bit", "avx512_bw", "vpmaddubsw", 512, _declines_7bit),
+    ("avx512_bw", "avx512_bw", "vpmaddwd", 512, _declines_dot),
+    ("avx2_7bit", "avx2", "vpmaddubsw", 256, _declines_7bit),
+    ("avx2", "avx2", "vpmaddwd", 256, _declines_dot),
+)
 
 # suffix, instruction set, how taps are summed, what explain() calls it
 _ARM_DEPTHWISE: tuple[tuple[str, str, str, str], ...] = (
@@ -316,23 +318,25 @@ def _rows(op: str) -> tuple[Strategy, ...]:
 def _depthwise_rows(layout: str) -> tuple[Strategy, ...]:
     op = "depthwise" if layout == "nchwc" else "depthwise_nhwc"
     stem, plain = f"depthwise_{layout}", "vector multiply-add"
-    dot, rows = _declines_depthwise_dot, _declines_rows
-    if layout == "nhwc":
-        dot, rows = _declines_nhwc_depthwise_dot, _declines_nhwc_rows
+
+    def in_lanes(declines: Accepts) -> Accepts:
+        return declines if layout == "nchwc" else _nhwc_in_lanes(declines)
+
     return (
         *(
             Strategy(
-                f"{stem}_{suffix}", op, isa, what, dot if how == "dot" else _declines_smlal,
+                f"{stem}_{suffix}", op, isa, what,
+                in_lanes(_declines_depthwise_dot) if how == "dot" else _declines_smlal,
                 build_arm_depthwise(how),
             )
             for suffix, isa, how, what in _ARM_DEPTHWISE
         ),
         *(
             Strategy(
-                f"{stem}_{isa}", op, isa, "vpdpbusd over four rows", rows,
-                build_x86_depthwise(lanes), alone=True,
+                f"{stem}_{suffix}", op, isa, f"{product} over four rows", in_lanes(declines),
+                build_x86_depthwise(product, bits), alone=True,
             )
-            for isa, lanes in _X86_DEPTHWISE
+            for suffix, isa, product, bits, declines in _X86_DEPTHWISE
         ),
         Strategy(stem, op, "generic", plain, _always, build_depthwise),
         Strategy(

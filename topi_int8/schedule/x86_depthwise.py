@@ -1,6 +1,6 @@
 # Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
 # Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
-"""Depthwise convolution by vpdpbusd: a dot product of four rows of a column, in each channel.
+"""Depthwise convolution on x86: a dot product of four rows of a column, in each channel.
 
 Four rows of the image are interleaved once (`intrinsics.x86_rows`) into a small buffer, with the
 borders, and serve all horizontal taps of several output rows: an output row whose first tap is the
@@ -27,15 +27,16 @@ from tvm import te
 from intrinsics import compat
 from intrinsics.compat import i32, loop, sequence, tir
 from intrinsics.x86_narrow import narrowed
-from intrinsics.x86_rows import LANE, interleaved, vpdpbusd
+from intrinsics.x86_rows import LANE, ROW_PRODUCTS, RowProduct, interleaved
 
 from ..compute.depthwise import PackedDepthwise, declare
 from ..compute.epilogue import apply, real_value, stored_value
 from ..workload import INT8_DTYPES, Conv2dWorkload, Epilogue
 from .stages import rows_per_task
 
-# Vectors of sums of a block of rows: the other registers hold what they are made of.
-SUMS = 16
+# Output rows of a block. By the count of operations three or four would be better at times: measured
+# on Granite Rapids they never are by much, and worse by up to half.
+ROWS = 2
 # Bytes of interleaved rows: they stay in the first-level cache beside weights and output.
 STRIP_BYTES = 24 * 1024
 # Dot products that are unrolled; of more the horizontal taps are a loop.
@@ -104,7 +105,7 @@ class Rows:
 
 def choose_rows(work: Conv2dWorkload) -> Rows:
     """Return the block of output rows that takes the fewest operations a pixel."""
-    most = min(SUMS // 4, work.oh) if work.dilation[0] == 1 else 1
+    most = min(ROWS, work.oh) if work.dilation[0] == 1 else 1
     return min((Rows(work, count) for count in range(1, most + 1)), key=lambda rows: rows.cost)
 
 
@@ -271,12 +272,15 @@ class LanesPlan:
     columns : Columns
     last : Columns
         Of the last channel block.
+    how : str
+        The product, of `intrinsics.x86_rows`.
     """
 
     conv: PackedDepthwise
     rows: Rows
     columns: Columns
     last: Columns
+    how: str
 
     @property
     def steps(self) -> int:
@@ -298,7 +302,10 @@ class LanesPlan:
             given = (operands.bias, operands.scale, operands.residual)
             bias, scale, residual = (None if t is None else next(present) for t in given)
             operand = [ins[0], ins[1], bias, scale, residual, outs[0]]
-            return self._statement([_Emitter(self.rows, columns, *operand) for columns in kinds])
+            product = ROW_PRODUCTS[self.how]
+            return self._statement(
+                [_Emitter(product, self.rows, columns, *operand) for columns in kinds]
+            )
 
         kinds = dict.fromkeys((self.columns, self.last))
         inputs = [data, weight, *operands.present]
@@ -340,21 +347,25 @@ def _ramp(first: Any, count: int) -> Any:
 
 @dataclass(frozen=True)
 class _Place:
-    """Image, channel block, output row and column at which a strip of a block of rows begins."""
+    """Image, channel block, output row and column at which a strip of a block of rows begins; and
+    which columns [first, last) of each phase are inside the image.
+    """
 
     n: Any
     cb: Any
     y: Any
     start: Any
+    ends: list[tuple[Any, Any]]
 
 
 class _Emitter:
     """The statements of one kernel, for channel blocks of one kind."""
 
     def __init__(
-        self, rows: Rows, columns: Columns, data: Any, weight: Any, bias: Any, scale: Any,
-        residual: Any, out: Any,
+        self, product: RowProduct, rows: Rows, columns: Columns, data: Any, weight: Any, bias: Any,
+        scale: Any, residual: Any, out: Any,
     ) -> None:  # fmt: skip
+        self.product = product
         self.conv, self.rows, self.columns = columns.conv, rows, columns
         self.data, self.weight, self.out = data, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
@@ -362,8 +373,8 @@ class _Emitter:
         phases, lanes = len(columns.phases), columns.count * columns.lanes
         self.lines = tir.decl_buffer((phases, rows.groups, 4, lanes * LANE), "uint8", "lines")
         spare = columns.operand_lanes
-        shape = (len(rows.pairs), work.kw, 4, spare * LANE)
-        self.taps = tir.decl_buffer(shape, "int8", "taps")
+        shape = (len(rows.pairs), work.kw, 4, product.parts, spare * self.elements)
+        self.taps = tir.decl_buffer(shape, product.dtype, "taps")
         self.biases = tir.decl_buffer((4, spare * 4), "int32", "biases")
         self.scales = tir.decl_buffer((4, spare * 4), "float32", "scales")
         self.count = 4 * columns.computed  # sums of a vector
@@ -372,6 +383,11 @@ class _Emitter:
             tir.decl_buffer((4, self.count), "int32", f"sums{row}") for row in range(rows.count)
         ]
         self.ordered = tir.decl_buffer((4 * self.count,), "float32", "ordered")
+
+    @property
+    def elements(self) -> int:
+        """Weights of a lane in one vector of them."""
+        return LANE // self.product.parts
 
     @property
     def buffers(self) -> list[Any]:
@@ -384,19 +400,25 @@ class _Emitter:
     def before(self, cb: Any) -> list[Any]:
         """Return what a task does once: operands in order, and borders that nothing writes to."""
         borders = self.columns.bordered and not self.columns.starts[1:]
-        return [*self._operands(cb), *(self._borders(i32(0)) if borders else [])]
+        return [*self._operands(cb), *(self._borders(self.columns.ends) if borders else [])]
 
     def rows_at(self, n: Any, cb: Any, y: Any) -> list[Any]:
         """Return what computes the block of output rows from y on, strip by strip."""
         columns, starts = self.columns, self.columns.starts
         if not starts[1:]:
-            return self._strip(_Place(n, cb, y, i32(0)))
-        strip = tir.Var("strip", "int32")
-        start = tir.min(strip * columns.width, i32(starts[-1]))
-        each = self._strip(_Place(n, cb, y, start))
+            return self._strip(_Place(n, cb, y, i32(0), columns.ends))
+        strip, start = tir.Var("strip", "int32"), tir.Var("start", "int32")
+        binds = [tir.Bind(start, tir.min(strip * columns.width, i32(starts[-1])))]
+        ends = []
+        for p, phase in enumerate(columns.phases):
+            first, last = tir.Var(f"first{p}", "int32"), tir.Var(f"last{p}", "int32")
+            bounds = columns.inside(start, phase)
+            binds += [tir.Bind(first, bounds[0]), tir.Bind(last, bounds[1])]
+            ends.append((first, last))
+        each = self._strip(_Place(n, cb, y, start, ends))
         if columns.bordered:
-            each = [*self._borders(start), *each]
-        return [loop(strip, len(starts), each)]
+            each = [*self._borders(ends), *each]
+        return [loop(strip, len(starts), [*binds, *each])]
 
     def _strip(self, at: _Place) -> list[Any]:
         """Return what computes a strip of a block of rows; rows outside of the image are checked
@@ -424,11 +446,10 @@ class _Emitter:
     def _apart(self, at: _Place, checked: bool) -> list[Any]:
         """Return the loops that interleave, and behind them the one that computes."""
         columns, stmts = self.columns, []
-        for p, phase in enumerate(columns.phases):
+        for p, (first, last) in enumerate(at.ends):
             q = tir.Var("q", "int32")
-            first, last = columns.inside(at.start, phase)
             lanes = (last - first) * columns.lanes
-            count = tir.floordiv(lanes + (columns.gathered - 1), i32(columns.gathered))
+            count = tir.floordiv(lanes + i32(columns.gathered - 1), i32(columns.gathered))
             stmts.append(loop(q, count, self._interleave(at, p, q, checked)))
         q = tir.Var("q", "int32")
         return [*stmts, loop(q, columns.vectors, self._outputs(at, q))]
@@ -459,10 +480,11 @@ class _Emitter:
             for pair, (row, group) in enumerate(self.rows.pairs):
                 kw, taps = tir.Var("kw", "int32"), self.rows.taps(row, group)
                 tiles = interleaved([self._tap(cb, tap, kw, lane) for tap in taps])
-                where = _ramp(i32(lane * LANE), vector * LANE)
+                where = _ramp(i32(lane * self.elements), vector * self.elements)
                 stores = [
-                    tir.BufferStore(self.taps, tile, [i32(pair), kw, i32(v), where])
+                    tir.BufferStore(self.taps, part, [i32(pair), kw, i32(v), i32(p), where])
                     for v, tile in enumerate(tiles)
+                    for p, part in enumerate(self.product.weights(tile))
                 ]
                 stmts.append(loop(kw, self.conv.work.kw, stores))
         moved = ((self.bias, self.biases), (self.scale, self.scales))
@@ -502,25 +524,22 @@ class _Emitter:
 
     # ------------------------------------------------------------ rows of the image
 
-    def _borders(self, start: Any) -> list[Any]:
+    def _borders(self, ends: list[tuple[Any, Any]]) -> list[Any]:
         """Return what fills the columns outside of the image."""
         columns, stmts = self.columns, []
-        width = columns.lanes * LANE
-        for p, phase in enumerate(columns.phases):
-            first, last = columns.inside(start, phase)
-            for begin, end in ((i32(0), first), (last, i32(columns.count))):
-                if isinstance(end - begin, tir.IntImm) and int(end - begin) == 0:
+        for p, (first, last) in enumerate(ends):
+            for begin, end in ((0, first), (last, columns.count)):
+                if isinstance(begin, int) and isinstance(end, int) and begin == end:
                     continue
-                x = tir.Var("x", "int32")
+                lane = tir.Var("lane", "int32")
+                where = _ramp((begin * columns.lanes + lane) * LANE, LANE)
                 fills = [
                     tir.BufferStore(
-                        self.lines, self._border(LANE),
-                        [i32(p), i32(g), i32(v), _ramp((begin + x) * width + lane * LANE, LANE)],
+                        self.lines, self._border(LANE), [i32(p), i32(group), i32(v), where]
                     )
-                    for g in range(self.rows.groups) for v in range(4)
-                    for lane in range(columns.lanes)
+                    for group in range(self.rows.groups) for v in range(4)
                 ]  # fmt: skip
-                stmts.append(loop(x, end - begin, fills))
+                stmts.append(loop(lane, (end - begin) * columns.lanes, fills))
         return stmts
 
     def _border(self, count: int) -> Any:
@@ -538,8 +557,7 @@ class _Emitter:
         columns, work, rows, stmts = self.columns, self.conv.work, self.rows, []
         vector = columns.gathered
         width = vector * LANE
-        phase = columns.phases[p]
-        first, last = columns.inside(at.start, phase)
+        first, last = at.ends[p]
         end = (last - first) * columns.lanes - vector
         lane = tir.Var("lane", "int32")
         stmts = [tir.Bind(lane, first * columns.lanes + tir.min(number * vector, end))]
@@ -548,7 +566,7 @@ class _Emitter:
             for t in range(4):
                 row, value = self._top(at) + (4 * group + t) * rows.unit, self._border(width)
                 if 4 * group + t < rows.span:
-                    value = self._row(at, row, phase, lane)
+                    value = self._row(at, row, columns.phases[p], lane)
                     if checked:
                         inside = tir.all(row >= 0, row < work.ih)
                         value = tir.if_then_else(inside, value, self._border(width))
@@ -630,10 +648,14 @@ class _Emitter:
                 data = tir.Var("data", f"uint8x{width}")
                 stmts.append(tir.Bind(data, tir.BufferLoad(self.lines, index)))
                 for pair, row in pairs:
-                    index = [i32(pair), more + kw, i32(v), _ramp(at * LANE, width)]
+                    own = _ramp(at * self.elements, columns.computed * self.elements)
+                    weights = [
+                        tir.BufferLoad(self.taps, [i32(pair), more + kw, i32(v), i32(part), own])
+                        for part in range(self.product.parts)
+                    ]
                     where = [i32(v), _ramp(i32(0), self.count)]
                     total = tir.BufferLoad(self.sums[row], where)
-                    total = vpdpbusd(total, data, tir.BufferLoad(self.taps, index))
+                    total = self.product.add(total, data, *weights)
                     stmts.append(tir.BufferStore(self.sums[row], total, where))
         return stmts
 
