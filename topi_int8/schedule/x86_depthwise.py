@@ -34,8 +34,8 @@ from ..compute.epilogue import apply, real_value, stored_value
 from ..workload import INT8_DTYPES, Conv2dWorkload, Epilogue
 from .stages import rows_per_task
 
-# Output rows of a block. By the count of operations three or four would be better at times: measured
-# on Granite Rapids they never are by much, and worse by up to half.
+# Output rows of a block. By the count of operations three or four would be better at times;
+# measured on Granite Rapids they are never better by much, and worse by up to half.
 ROWS = 2
 # Bytes of interleaved rows: they stay in the first-level cache beside weights and output.
 STRIP_BYTES = 24 * 1024
