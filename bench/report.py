@@ -155,12 +155,21 @@ def to_csv(results: list[LayerResult], rivals: dict[str, str]) -> str:
     return out.getvalue()
 
 
-def to_json(results: list[LayerResult], run: dict[str, object]) -> str:
-    """Return JSON: `run` (the machine and the options), the layers, the totals."""
+def to_document(results: list[LayerResult], run: dict[str, object]) -> dict[str, object]:
+    """Return the JSON values of a run: `run` (the machine and the options), layers, totals."""
     sums = totals(results)
-    document = {
+    return {
         **run,
         "layers": [record(result) for result in results],
         "totals": {**sums.__dict__, "gops": sums.gops},
     }
+
+
+def to_text(document: object) -> str:
+    """Return JSON values as the text of a file."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_json(results: list[LayerResult], run: dict[str, object]) -> str:
+    """Return the text of `to_document`."""
+    return to_text(to_document(results, run))

@@ -1,0 +1,1 @@
+"""The commands that judge many layers together, and that write the README."""
