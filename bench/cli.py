@@ -60,16 +60,18 @@ from .command import (
     app,
     cpu_numbers,
     fail,
+    layer_run,
+    layer_title,
     make_console,
+    measure_layers,
     print_comparison,
     read_kind,
 )
 from .published import run as published
 from .published import tables as published_tables
 from .published.workers import WorkerError
-from .results import LayerResult, with_best_peaks
-from .run import Options, make_rivals, run_layers
-from .shape_lines import SHAPES_DIR, Shape, read_shapes
+from .run import Options, make_rivals
+from .shape_lines import SHAPES_DIR, read_shapes
 
 # Importing them registers their commands.
 __all__ = ["app", "cli_networks", "cli_reports", "main"]
@@ -91,34 +93,23 @@ def _bench(
         if rpc:
             opponents = [rival for rival in opponents if rival.name != "onednn"]
         with site.opened(request) as where:
-            chosen = where.target
             options = Options(
-                chosen, dtype, epilogue, weight_bits, threads, min_time, rounds, check, where.place
-            )
-            results = with_best_peaks(_run(console, shapes, options, opponents))
+                where.target, dtype, epilogue, weight_bits, threads, min_time, rounds, check,
+                where.place,
+            )  # fmt: skip
+            results = measure_layers(console, shapes, options, opponents)
             speeds = {}
             if picture is not None and not rpc:
                 speeds = roofline.bandwidths(threads, where.cores[0])
     except (ValueError, OSError) as error:
         raise fail(error) from None
     titles = {rival.name: rival.title for rival in opponents}
-    run = {
-        **where.record(kind, note),
-        "options": {
-            "target": str(chosen), "dtype": dtype, "epilogue": epilogue or "default",
-            "weight_bits": weight_bits,
-            "threads": threads, "cores": list(where.cores), "min_time_s": min_time,
-            "rounds": rounds, "mb": mb, "batch": batch or [], "shape": shape or [],
-        },
-        "rivals": {rival.name: getattr(rival, "version", "") for rival in opponents},
-        "bandwidth_gbs": speeds,
-    }  # fmt: skip
-    title = (
-        f"{run['machine']['cpu']} | {targets.isa_of(chosen)} | {dtype} | "
-        f"{threads} thread{'s'[: threads > 1]} {where.where}"
-    )
+    run = layer_run(kind, where, options, note)
+    run["options"] |= {"mb": mb, "batch": batch or [], "shape": shape or []}
+    run["rivals"] = {rival.name: getattr(rival, "version", "") for rival in opponents}
+    run["bandwidth_gbs"] = speeds
     caption = " ".join(filter(None, (where.caveat, _caption(options, titles))))
-    console.print(report.table(results, title, titles, caption))
+    console.print(report.table(results, layer_title(where, options), titles, caption))
     if why:
         _print_why(console, results)
     if csv is not None:
@@ -177,24 +168,6 @@ def _caption(options: Options, titles: dict[str, str]) -> str:
         return ""
     exact = "ours is exact" if options.weight_bits == 8 else "on these 7-bit weights both are exact"
     return f"oneDNN without VNNI uses vpmaddubsw, which saturates on full-range weights; {exact}."
-
-
-def _run(
-    console: Console, shapes: list[Shape], options: Options, opponents: list[Any]
-) -> list[LayerResult]:
-    results: list[LayerResult] = []
-    try:
-        with console.status("") as status:
-            status.update(f"1/{len(shapes)} {shapes[0].format()}")
-            for result in run_layers(shapes, options, opponents):
-                results.append(result)
-                if len(results) < len(shapes):
-                    following = shapes[len(results)].format()
-                    status.update(f"{len(results) + 1}/{len(shapes)} {following}")
-    finally:
-        for rival in opponents:
-            rival.close()
-    return results
 
 
 def _print_why(console: Console, results: list[Any]) -> None:

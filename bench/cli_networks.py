@@ -1,4 +1,4 @@
-"""The commands about whole networks: ``e2e``."""
+"""The commands about whole networks: ``e2e`` and ``rss``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import compare, demo, report, site
+from . import compare, demo, report, site, targets
 from .command import (
     Cc,
     Compare,
@@ -18,6 +18,7 @@ from .command import (
     Rounds,
     Rpc,
     TargetText,
+    Threads,
     Threshold,
     TvmLimit,
     app,
@@ -31,6 +32,10 @@ from .command import (
 Image = Annotated[int, typer.Option(help="Side of the input image.")]
 Calibration = Annotated[int, typer.Option(help="Images to calibrate on.")]
 WeightBits = Annotated[int, typer.Option(help="7 or 8. Default: the target's faster.")]
+
+
+def _names(rivals: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in rivals.split(",") if name and name != "none"))
 
 
 @app.command("e2e")
@@ -77,7 +82,7 @@ def e2e_command(
     from . import e2e  # imports torch's frontend
 
     console = make_console()
-    names = tuple(dict.fromkeys(name for name in rivals.split(",") if name and name != "none"))
+    names = _names(rivals)
     try:
         old = None if compare_with is None else compare.read(compare_with, "networks")
         thread_counts = counts("threads", threads or ["1"])
@@ -118,3 +123,55 @@ def e2e_command(
         print_comparison(console, old, document, threshold)
     if failed:
         raise fail(f"{len(failed)} of {len(results)} networks failed (see the table)", code=1)
+
+
+@app.command("rss")
+def rss_command(
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="A torchvision classifier; repeat for more. Default: resnet50."),
+    ] = None,
+    isa: Isa = "host",
+    target: TargetText = None,
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(help="Images a run.")] = 1,
+    cpu: Cpu = "",
+    image: Image = 224,
+    calibration: Calibration = 16,
+    weight_bits: WeightBits = 0,
+    rivals: Annotated[
+        str, typer.Option(help="Of openvino, ort (int8), fp32 (our schedules), tvm; or none.")
+    ] = "openvino,ort,fp32,tvm",
+    tvm_limit: TvmLimit = 10.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all of it here.")] = None,
+    note: Note = "",
+) -> None:
+    """Peak resident memory of a fresh process that loads a network and runs it once."""
+    console = make_console()
+    try:
+        from . import rss  # imports torch's frontend
+
+        request = site.Request("", "", "", isa, target, threads, cpu_numbers(cpu))
+        with site.opened(request) as where:
+            options = rss.Options(
+                where.target, threads, batch, image, calibration, weight_bits,
+                _names(rivals), tvm_limit,
+            )  # fmt: skip
+            found = {
+                name: rss.measure(name, options, console) for name in network or ["resnet50"]
+            }
+    except ImportError as error:
+        raise fail(f"rss needs the extra `torch`: {error}") from None
+    except (ValueError, OSError) as error:
+        raise fail(error) from None
+    console.print(rss.table(found, f"{where.about['cpu']} | {targets.isa_of(where.target)}"))
+    if json_path is not None:
+        settings = {
+            "target": str(where.target), "isa": targets.isa_of(where.target), "threads": threads,
+            "batch": batch, "image": image, "calibration": calibration,
+            "weight_bits": options.bits,
+        }  # fmt: skip
+        run = {**where.record("rss", note), "options": settings}
+        json_path.write_text(report.to_text(rss.to_document(found, run)))
+    if failed := [name for name, engines in found.items() if engines["int8"].peak is None]:
+        raise fail(f"{', '.join(failed)}: int8 did not run (see the table)", code=1)

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import compare, targets, workloads
-from .run import RIVALS
+from . import compare, site, targets, workloads
+from .results import LayerResult, with_best_peaks
+from .rivals import Rival
+from .run import RIVALS, Options, run_layers
 from .shape_lines import SHAPES_DIR, Shape, find_batch, parse_line, read_shapes
 
 app = typer.Typer(
@@ -154,3 +156,43 @@ def print_comparison(
         console.print(remark, markup=False, highlight=False)
     if slower := found.regressions(threshold):
         raise fail(f"{len(slower)} of {len(found.pairs)} rows regressed (see the table)", code=1)
+
+
+def measure_layers(
+    console: Console, shapes: Sequence[Shape], options: Options, opponents: list[Rival]
+) -> list[LayerResult]:
+    """Return the results of layers, saying which is run; the rivals are closed at the end."""
+    results: list[LayerResult] = []
+    try:
+        with console.status("") as status:
+            status.update(f"1/{len(shapes)} {shapes[0].format()}")
+            for result in run_layers(list(shapes), options, opponents):
+                results.append(result)
+                if len(results) < len(shapes):
+                    following = shapes[len(results)].format()
+                    status.update(f"{len(results) + 1}/{len(shapes)} {following}")
+    finally:
+        for rival in opponents:
+            rival.close()
+    return with_best_peaks(results)
+
+
+def layer_title(where: site.Site, options: Options) -> str:
+    """Return the title of a table of layers: the machine, the instruction set, the cores."""
+    return (
+        f"{where.about['cpu']} | {targets.isa_of(where.target)} | {options.dtype} | "
+        f"{options.threads} thread{'s'[: options.threads > 1]} {where.where}"
+    )
+
+
+def layer_run(command: str, where: site.Site, options: Options, note: str) -> dict[str, Any]:
+    """Return how a JSON file of layers begins."""
+    return {
+        **where.record(command, note),
+        "options": {
+            "target": str(where.target), "isa": targets.isa_of(where.target),
+            "dtype": options.dtype, "epilogue": options.epilogue or "default",
+            "weight_bits": options.weight_bits, "threads": options.threads,
+            "cores": list(where.cores), "min_time_s": options.min_time, "rounds": options.rounds,
+        },
+    }  # fmt: skip
