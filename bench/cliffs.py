@@ -137,22 +137,20 @@ def _cells(held: Held, rivals: dict[str, str]) -> list[str]:
     layer, other = held.layer, held.neighbour
     cells = [layer.shape.format()]
     if layer.ours is None:
-        cells += [layer.error.replace("[", r"\["), "", ""]
+        cells += [report.escape(layer.error), "", ""]
     else:
-        cells += [_number(layer.ours.min), _number(layer.gops, 0), _number(layer.peak_percent)]
+        cells += [
+            report.number(layer.ours.min), report.number(layer.gops, 0),
+            report.number(layer.peak_percent),
+        ]  # fmt: skip
     for name in rivals:
-        speedup = layer.speedup(name)
-        cells.append("" if speedup is None else f"{speedup:.2f}x")
+        cells.append(report.times(layer.speedup(name)))
     cells += [
-        other.shape.name or other.shape.format(), _number(other.gops, 0),
-        _number(other.peak_percent), f"{held.distance:.1f}",
+        other.shape.name or other.shape.format(), report.number(other.gops, 0),
+        report.number(other.peak_percent), f"{held.distance:.1f}",
         "" if held.ratio is None else f"{held.ratio:.2f}",
     ]  # fmt: skip
     return cells
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
 
 
 def to_document(found: Sequence[Held], run: dict[str, Any], limit: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from . import report
 from .shape_lines import parse_line
 
 THRESHOLD = 1.1
@@ -230,7 +231,7 @@ def table(found: Comparison, threshold: float) -> Table:
     out.add_column("")
     for pair in found.pairs:
         out.add_row(
-            pair.new.label.replace("[", r"\["), _us(pair.old.us), _us(pair.new.us),
+            report.escape(pair.new.label), report.number(pair.old.us), report.number(pair.new.us),
             pair.rival or "-", "" if pair.ratio is None else f"{pair.ratio:.2f}", pair.note,
             style="red" if pair.is_slower(threshold) else None,
         )  # fmt: skip
@@ -244,8 +245,3 @@ def remarks(found: Comparison) -> list[str]:
         *found.remarks,
         *(f"only in the {which} run: {row.label}" for which, rows in only for row in rows),
     ]
-
-
-def _us(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}"
-

@@ -27,7 +27,7 @@ from tvm.target import Target
 import topi_int8
 from topi_int8.frontend.torch import from_torch
 
-from . import demo, models, site, targets
+from . import demo, models, report, site, targets
 from .place import HERE, Graph, Place, first_line
 from .results import RivalResult
 from .rivals import Unavailable
@@ -487,7 +487,7 @@ def table(
         "ms: the fastest of alternating runs. SQNR and top-1: int8's logits beside torch's fp32, "
         "weights seeded."
     )
-    out.caption = "\n".join(line.replace("[", r"\[") for line in caption)
+    out.caption = "\n".join(map(report.escape, caption))
     return out
 
 

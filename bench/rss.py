@@ -21,7 +21,7 @@ from tvm.target import Target
 from topi_int8 import override
 from topi_int8.frontend.torch import from_torch
 
-from . import models
+from . import models, report
 from .e2e import RIVALS as ENGINES
 from .e2e import TITLES
 from .place import first_line
@@ -200,11 +200,10 @@ def table(found: dict[str, Found], title: str) -> Table:
             if resident.peak is None or resident.before is None:
                 words[f"{network}: {TITLES[name]}: {resident.note}"] = None
                 continue
-            ratio = over(engines, name)
+            mib = (resident.peak, resident.before, resident.peak - resident.before)
             out.add_row(
-                network, TITLES[name], f"{resident.peak:.0f}", f"{resident.before:.0f}",
-                f"{resident.peak - resident.before:.0f}",
-                "" if ratio is None else f"{ratio:.2f}x",
+                network, TITLES[name], *(report.number(value, 0) for value in mib),
+                report.times(over(engines, name)),
             )  # fmt: skip
         out.add_section()
     words["Fresh processes that load a network and run it once; before: Python, engine."] = None

@@ -90,15 +90,14 @@ def table(found: Sequence[tuple[Case, LayerResult]], title: str, rivals: dict[st
         before = group
         cells = [*group, str(case.value)]
         if result.ours is None:
-            cells += [result.error.replace("[", r"\["), "", "", ""]
+            cells += [report.escape(result.error), "", "", ""]
         else:
-            percent = result.peak_percent
+            each = result.ours.min / result.shape.mb
             cells += [
-                f"{result.ours.min:,.1f}", f"{result.ours.min / result.shape.mb:,.1f}",
-                f"{result.gops:,.0f}", "" if percent is None else f"{percent:.1f}",
+                report.number(result.ours.min), report.number(each),
+                report.number(result.gops, 0), report.number(result.peak_percent),
             ]  # fmt: skip
-        speedups = (result.speedup(name) for name in rivals)
-        out.add_row(*cells, *("" if value is None else f"{value:.2f}x" for value in speedups))
+        out.add_row(*cells, *(report.times(result.speedup(name)) for name in rivals))
     return out
 
 
