@@ -18,11 +18,14 @@ from typing import Any
 
 from .published import tables
 from .published.engine import Engine
+from .rivals.onednn import OneDnn
+from .rivals.tvm_default import TvmDefault
 from .worker import ROOT
 
 README = ROOT / "README.md"
 SAVED = ROOT / "build" / "bench"  # what the runs wrote
 END = "<!-- /bench -->"
+_LAYER_RIVALS = {rival.name: rival.title for rival in (OneDnn, TvmDefault)}
 _BLOCK = re.compile(r"<!-- bench:(\w+) -->\n(.*?)" + re.escape(END), re.DOTALL)
 
 Document = Mapping[str, Any]
@@ -135,7 +138,7 @@ def _layers(group: Sequence[Document]) -> str:
     head += f"; {', '.join(versions)}:\n\n" if versions else ":\n\n"
     header = ["every convolution or matmul", "threads", "ours", "of the measured peak"]
     for name in rivals:
-        header += [name, "summed", "geomean over shapes", "worst shape"]
+        header += [_LAYER_RIVALS.get(name, name), "summed", "geomean over shapes", "worst shape"]
     return head + _markdown(header, [_layers_row(document, rivals) for document in group])
 
 

@@ -77,7 +77,7 @@ def cells(text: str, label: str) -> list[str]:
 def test_layers():
     made = readme.render([LAYERS])["layers"]
     assert made.startswith("On a cpu (a board), `amx_int8`, 2026-01-02, commit abc; kernels alone")
-    assert "oneDNN 3.2" in made
+    assert "; oneDNN 3.2:" in made and "| oneDNN | summed |" in made
     assert cells(made, "resnet18") == [
         "resnet18, u8s8, 8-bit, 3 layers", "1", "1.50 ms", "50%", "2.25 ms", "**1.50x**",
         "**2.00x**", "1.00x (slow)",
