@@ -30,7 +30,10 @@ class Engine(Protocol):
         ...
 
     def load(self, path: Path, data: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
-        """Return one run on `data`, float32 (batch, 3, H, W), which gives its logits."""
+        """Return one run on `data`, float32 (batch, 3, H, W), which gives its logits.
+
+        It may read `data` in place: the caller keeps the array.
+        """
         ...
 
 
@@ -38,6 +41,9 @@ class OpenVino:
     """OpenVINO: int8 by NNCF's post-training quantization, the latency hint."""
 
     def __init__(self) -> None:
+        # It would report its use over the network, from forks that outlive this process. What
+        # cannot be imported is left out.
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
         import openvino
 
         self._openvino = openvino
@@ -179,7 +185,8 @@ class Handler:
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._engine: Engine | None = None
-        self._runs: dict[str, Callable[[], np.ndarray]] = {}
+        # Each run with the array that it reads.
+        self._runs: dict[str, tuple[Callable[[], np.ndarray], np.ndarray]] = {}
 
     def version(self) -> str:
         """Return the engine's name and version."""
@@ -195,9 +202,10 @@ class Handler:
     def load(self, key: str, path: str, data: str, threads: int) -> list[list[float]]:
         """Load a network for an .npy file of input, run it once, and return its logits."""
         self.version()
-        run = self._engine.load(Path(path), np.load(data), threads)
+        images = np.load(data)
+        run = self._engine.load(Path(path), images, threads)
         logits = run().tolist()
-        self._runs[key] = run
+        self._runs[key] = run, images
         return logits
 
     def drop(self, key: str) -> None:
@@ -206,7 +214,7 @@ class Handler:
 
     def sample(self, key: str, seconds: float) -> list[float]:
         """Return microseconds of runs that take about `seconds` together."""
-        run = self._runs[key]
+        run, _ = self._runs[key]
 
         def evaluate(number: int, repeat: int) -> list[float]:
             means = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,9 @@ def test_it_is_the_same_network(name, batch, files, module):
         assert demo.decibel(wanted, prepared.logits) > (5 if rival.int8 else 80)
         assert prepared.version.split()[1][0].isdigit()
         assert min(prepared.sampler(0.01)) > 0 and min(prepared.sampler(0.01)) > 0
+        # NNCF's telemetry would leave a fork behind.
+        worker = prepared.close.__self__._process.pid
+        assert not Path(f"/proc/{worker}/task/{worker}/children").read_text()
     finally:
         prepared.close()
 
@@ -121,6 +126,28 @@ def test_a_failing_engine_says_so(files):
             worker.ask("load", key="k", path="nowhere", data=str(images), threads=1)
     finally:
         worker.close()
+
+
+def test_the_input_lives_as_long_as_the_network(tmp_path: Path):
+    seen = []
+
+    class InPlace:
+        """An engine that reads its input where it lies, and does not own it, as OpenVINO does."""
+
+        version = "in place 1"
+
+        def load(self, path, data, threads):
+            seen.append(weakref.ref(data))
+            return lambda: np.ones((1, 2), "float32")
+
+    np.save(tmp_path / "data.npy", np.ones((1, 3, 4, 4), "float32"))
+    handler = network_worker.Handler(InPlace)
+    assert handler.load("key", "path", str(tmp_path / "data.npy"), 1) == [[1.0, 1.0]]
+    gc.collect()
+    assert seen[0]() is not None and min(handler.sample("key", 0.001)) > 0
+    handler.drop("key")
+    gc.collect()
+    assert seen[0]() is None
 
 
 def test_setup_says_what_failed(tmp_path: Path):
