@@ -6,7 +6,8 @@
 #   make test-relay its Relay side, on TVM 0.17 (Linux x86-64)             PYTEST_ARGS="-m ''": all of it
 #   make lint       ruff over everything
 #   make bench      the per-layer benchmark                                BENCH_ARGS="..."
-#   make onednn     oneDNN in build/onednn, the benchmark's optional rival
+#   make onednn     oneDNN in build/onednn, the benchmark's optional rival on layers
+#   make openvino   OpenVINO and onnxruntime in build/openvino, its optional rivals on networks
 #   make clean      removes what was built and cached; distclean removes .venv too
 #
 # PYTHON=python3.12   the interpreter to set up with (3.11 or later)
@@ -21,6 +22,7 @@ SHELL := /bin/bash
 VENV := .venv
 STAMP := $(VENV)/.installed
 ONEDNN := build/onednn
+OPENVINO := build/openvino
 RELAY := build/relay
 JOBS ?= 2
 PYTHON ?=
@@ -102,6 +104,14 @@ onednn: $(ONEDNN)/.installed
 # In a folder of its own: its libraries are found by path, and none of our dependencies changes.
 $(ONEDNN)/.installed: $(STAMP)
 	$(VENV)/bin/python -m bench.rivals.onednn
+	@touch $@
+
+.PHONY: openvino
+openvino: $(OPENVINO)/.installed
+
+# A virtual environment of its own: what OpenVINO and NNCF pull in would change our dependencies.
+$(OPENVINO)/.installed: $(STAMP) bench/rivals/networks.py
+	$(VENV)/bin/python -m bench.rivals.networks
 	@touch $@
 
 .PHONY: clean distclean

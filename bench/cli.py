@@ -13,7 +13,9 @@ from rich.table import Table
 
 from . import (
     arm_core,
-    demo,
+    cli_networks,
+    cli_reports,
+    compare,
     emulated,
     insn_count,
     machine,
@@ -22,114 +24,57 @@ from . import (
     predict,
     predict_report,
     report,
+    roofline,
     seed_table,
     site,
     targets,
-    workloads,
+)
+from .command import (
+    Batch,
+    Cc,
+    Check,
+    Compare,
+    Cpu,
+    Csv,
+    Dtype,
+    EpilogueText,
+    ForcedName,
+    Isa,
+    Json,
+    Key,
+    Line,
+    Mb,
+    MinTime,
+    Model,
+    Note,
+    RivalNames,
+    Rounds,
+    Rpc,
+    TargetText,
+    Threads,
+    Threshold,
+    TvmLimit,
+    WeightBits,
+    Whole,
+    Why,
+    app,
+    cpu_numbers,
+    fail,
+    layer_run,
+    layer_title,
+    make_console,
+    measure_layers,
+    print_comparison,
+    read_kind,
 )
 from .published import run as published
 from .published import tables as published_tables
 from .published.workers import WorkerError
-from .results import LayerResult, with_best_peaks
-from .run import RIVALS, Options, make_rivals, run_layers
-from .shape_lines import SHAPES_DIR, Shape, find_batch, parse_line, read_shapes
+from .run import Options, make_rivals
+from .shape_lines import SHAPES_DIR, read_shapes
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    help="Per-layer micro-benchmarks of topi_int8, beside the peak of this core and the rivals.",
-)
-
-NARROWEST_TABLE = 160  # columns, where the output is no terminal that says its width
-
-Batch = Annotated[
-    list[str] | None,
-    typer.Option(help="Shape file in benchdnn's syntax; a bare name is looked up in bench/shapes."),
-]
-Line = Annotated[
-    list[str] | None, typer.Option("--shape", help="Shape line, as 'ic64ih56oc64kh3ph1n\"a*3\"'.")
-]
-Isa = Annotated[str, typer.Option(help=f"Instruction set: {', '.join(targets.ISAS)}.")]
-TargetText = Annotated[
-    str | None, typer.Option("--target", help="TVM Target (JSON or tag) instead of --isa.")
-]
-Threads = Annotated[int, typer.Option(help="Threads of every kernel and rival.")]
-Cpu = Annotated[
-    str, typer.Option(help="Cores to pin to, as 1 or 0,1. Default: the last ones allowed.")
-]
-MinTime = Annotated[float, typer.Option(help="Seconds each engine is sampled a layer.")]
-Rounds = Annotated[int, typer.Option(help="Alternations between ours and the rivals.")]
-RivalNames = Annotated[str, typer.Option("--rivals", help=f"Of {', '.join(RIVALS)}; or none.")]
-TvmLimit = Annotated[
-    float, typer.Option(help="Skip TVM's default where one run is estimated longer, seconds.")
-]
-Dtype = Annotated[str, typer.Option(help=f"Data and weight: {', '.join(workloads.DTYPES)}.")]
-WeightBits = Annotated[
-    int, typer.Option(help="8, or 7: weights that vpmaddubsw cannot saturate on.")
-]
-EpilogueText = Annotated[
-    str, typer.Option(help="As bias+relu+u8 (the default), bias+sum+relu+s8, s32.")
-]
-Mb = Annotated[int, typer.Option(help="Batch of every convolution; 0 keeps the lines' own.")]
-Csv = Annotated[Path | None, typer.Option(help="Write the rows here as CSV.")]
-Json = Annotated[Path | None, typer.Option(help="Write the rows, machine and options as JSON.")]
-Check = Annotated[
-    bool, typer.Option("--check", help="Compare each result with the numpy reference first.")
-]
-Model = Annotated[
-    str,
-    typer.Option(help="mca: predict the kernels of an ARM --target by llvm-mca; run nothing."),
-]
-ForcedName = Annotated[
-    str, typer.Option("--strategy", help="With --model: this row of the table, not the first.")
-]
-Whole = Annotated[
-    bool, typer.Option("--whole", help="With --model: whole layers too, their counts from qemu.")
-]
-Rpc = Annotated[str, typer.Option(help="HOST:PORT of TVM's RPC tracker: run on a board of it.")]
-Key = Annotated[str, typer.Option(help="The board's key at the tracker; may name the target.")]
-Cc = Annotated[
-    str, typer.Option(help="C compiler that links for the board. Default: Debian's cross gcc.")
-]
-Note = Annotated[str, typer.Option(help="Words to keep in the JSON: cooling, kernel, who you are.")]
-Why = Annotated[
-    bool, typer.Option("--why", help="Print why faster strategies declined each layer.")
-]
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, NARROWEST_TABLE))
-
-
-def _fail(message: object, code: int = 2) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", markup=False)
-    return typer.Exit(code)
-
-
-def _shapes(kind: str, batches: list[str] | None, lines: list[str] | None, mb: int) -> list[Shape]:
-    """Return the shapes asked for, all of one kind; ValueError or OSError otherwise."""
-    if mb < 0:
-        raise ValueError(f"mb is {mb}; allowed: 0 or more")
-    shapes = [shape for name in batches or [] for shape in read_shapes(find_batch(name), mb)]
-    shapes += [_with_batch(parse_line(line), mb) for line in lines or []]
-    if not shapes:
-        known = ", ".join(sorted(path.name for path in SHAPES_DIR.iterdir()))
-        raise ValueError(f"nothing to run: give --batch FILE ({known}) or --shape LINE")
-    for shape in shapes:
-        if shape.kind != kind:
-            raise ValueError(f"{shape.format()} is a {shape.kind} line: use `bench {shape.kind}`")
-    return shapes
-
-
-def _with_batch(shape: Shape, mb: int) -> Shape:
-    return type(shape)(**{**shape.__dict__, "mb": mb}) if mb and shape.kind == "conv" else shape
-
-
-def _cpus(text: str) -> tuple[int, ...]:
-    if text and not all(part.isdigit() for part in text.split(",")):
-        raise ValueError(f"cpu is {text!r}; allowed: core numbers, as 1 or 0,1")
-    return tuple(int(part) for part in text.split(",") if part)
+# Importing them registers their commands.
+__all__ = ["app", "cli_networks", "cli_reports", "main"]
 
 
 def _bench(
@@ -137,48 +82,51 @@ def _bench(
     threads: int, cpu: str, min_time: float, rounds: int, rivals: str, tvm_limit: float,
     dtype: str, epilogue: str, weight_bits: int, mb: int, csv: Path | None,
     json_path: Path | None, check: bool, why: bool, rpc: str, key: str, cc: str, note: str,
+    compare_with: Path | None, threshold: float, picture: Path | None,
 ) -> None:  # fmt: skip
-    console = _console()
+    console = make_console()
     try:
-        shapes = _shapes(kind, batch, shape, mb)
-        request = site.Request(rpc, key, cc, isa, target, threads, _cpus(cpu))
+        old = None if compare_with is None else compare.read(compare_with, "layers")
+        shapes = read_kind(kind, batch, shape, mb)
+        request = site.Request(rpc, key, cc, isa, target, threads, cpu_numbers(cpu))
         opponents = make_rivals(rivals, tvm_limit)
         if rpc:
             opponents = [rival for rival in opponents if rival.name != "onednn"]
         with site.opened(request) as where:
-            chosen = where.target
             options = Options(
-                chosen, dtype, epilogue, weight_bits, threads, min_time, rounds, check, where.place
-            )
-            results = with_best_peaks(_run(console, shapes, options, opponents))
+                where.target, dtype, epilogue, weight_bits, threads, min_time, rounds, check,
+                where.place,
+            )  # fmt: skip
+            results = measure_layers(console, shapes, options, opponents)
+            speeds = {}
+            if picture is not None and not rpc:
+                speeds = roofline.bandwidths(threads, where.cores[0])
     except (ValueError, OSError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     titles = {rival.name: rival.title for rival in opponents}
-    run = {
-        **where.record(kind, note),
-        "options": {
-            "target": str(chosen), "dtype": dtype, "epilogue": epilogue or "default",
-            "weight_bits": weight_bits,
-            "threads": threads, "cores": list(where.cores), "min_time_s": min_time,
-            "rounds": rounds, "mb": mb, "batch": batch or [], "shape": shape or [],
-        },
-        "rivals": {rival.name: getattr(rival, "version", "") for rival in opponents},
-    }  # fmt: skip
-    title = (
-        f"{run['machine']['cpu']} | {targets.isa_of(chosen)} | {dtype} | "
-        f"{threads} thread{'s'[: threads > 1]} {where.where}"
-    )
+    run = layer_run(kind, where, options, note)
+    run["options"] |= {"mb": mb, "batch": batch or [], "shape": shape or []}
+    run["rivals"] = {rival.name: getattr(rival, "version", "") for rival in opponents}
+    run["bandwidth_gbs"] = speeds
     caption = " ".join(filter(None, (where.caveat, _caption(options, titles))))
-    console.print(report.table(results, title, titles, caption))
+    console.print(report.table(results, layer_title(where, options), titles, caption))
     if why:
         _print_why(console, results)
     if csv is not None:
         csv.write_text(report.to_csv(results, titles))
+    document = report.to_document(results, run)
     if json_path is not None:
-        json_path.write_text(report.to_json(results, run))
+        json_path.write_text(report.to_text(document))
+    if picture is not None:
+        try:
+            roofline.draw(picture, document)
+        except (ValueError, ImportError) as error:
+            raise fail(error, code=1) from None
+    if old is not None:
+        print_comparison(console, old, document, threshold)
     failed = [result for result in results if result.error]
     if failed:
-        raise _fail(f"{len(failed)} of {len(results)} layers failed (see the table)", code=1)
+        raise fail(f"{len(failed)} of {len(results)} layers failed (see the table)", code=1)
 
 
 def _predict(
@@ -187,18 +135,18 @@ def _predict(
     json_path: Path | None, why: bool, whole: bool, force: str,
 ) -> None:  # fmt: skip
     """Predict instead of measure."""
-    console = _console()
+    console = make_console()
     try:
         if model not in predict.MODELS:
             raise ValueError(f"model is {model!r}; allowed: {', '.join(predict.MODELS)}")
-        shapes = _shapes(kind, batch, shape, mb)
+        shapes = read_kind(kind, batch, shape, mb)
         chosen = arm_core.choose(target)
         options = {"dtype": dtype, "epilogue": epilogue, "weight_bits": weight_bits}
         Options(chosen.target, **options)  # refuses what is not allowed
         found = list(predict.predict_layers(shapes, chosen, whole=whole, force=force, **options))
         console.print(predict_report.table(found, chosen, dtype))
     except (ValueError, OSError, mca.McaError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     if why:
         _print_why(console, found)
     if csv is not None:
@@ -208,7 +156,7 @@ def _predict(
         json_path.write_text(predict_report.to_json(found, run))
     failed = [prediction for prediction in found if prediction.error]
     if failed:
-        raise _fail(f"{len(failed)} of {len(found)} layers failed (see the table)", code=1)
+        raise fail(f"{len(failed)} of {len(found)} layers failed (see the table)", code=1)
 
 
 def _caption(options: Options, titles: dict[str, str]) -> str:
@@ -220,24 +168,6 @@ def _caption(options: Options, titles: dict[str, str]) -> str:
         return ""
     exact = "ours is exact" if options.weight_bits == 8 else "on these 7-bit weights both are exact"
     return f"oneDNN without VNNI uses vpmaddubsw, which saturates on full-range weights; {exact}."
-
-
-def _run(
-    console: Console, shapes: list[Shape], options: Options, opponents: list[Any]
-) -> list[LayerResult]:
-    results: list[LayerResult] = []
-    try:
-        with console.status("") as status:
-            status.update(f"1/{len(shapes)} {shapes[0].format()}")
-            for result in run_layers(shapes, options, opponents):
-                results.append(result)
-                if len(results) < len(shapes):
-                    following = shapes[len(results)].format()
-                    status.update(f"{len(results) + 1}/{len(shapes)} {following}")
-    finally:
-        for rival in opponents:
-            rival.close()
-    return results
 
 
 def _print_why(console: Console, results: list[Any]) -> None:
@@ -277,9 +207,15 @@ def _command(kind: str, name: str, what: str) -> None:
         key: Key = "",
         cc: Cc = "",
         note: Note = "",
+        compare_with: Compare = None,
+        threshold: Threshold = compare.THRESHOLD,
+        picture: Annotated[
+            Path | None,
+            typer.Option("--roofline", help="Draw GOP/s beside the bounds here: .png, .svg, .pdf."),
+        ] = None,
     ) -> None:
         if model and rpc:
-            raise _fail(f"rpc is {rpc!r}; allowed without --model, which runs nothing")
+            raise fail(f"rpc is {rpc!r}; allowed without --model, which runs nothing")
         if model:
             _predict(kind, batch, shape, model, target, dtype, epilogue, weight_bits, mb, csv,
                      json, why, whole, force)  # fmt: skip
@@ -287,79 +223,12 @@ def _command(kind: str, name: str, what: str) -> None:
         _bench(
             kind, batch, shape, isa, target, threads, cpu, min_time, rounds, rivals, tvm_limit,
             dtype, epilogue, weight_bits, mb, csv, json, check, why, rpc, key, cc, note,
+            compare_with, threshold, picture,
         )  # fmt: skip
 
 
 _command("conv", "conv", "Convolution layers.")
 _command("dense", "dense", "Dense layers and batched matmuls (lines as 128x768:768x3072).")
-
-
-@app.command("e2e")
-def e2e_command(
-    network: Annotated[
-        list[str] | None,
-        typer.Option(help="A torchvision classifier; repeat for more. Default: resnet18."),
-    ] = None,
-    isa: Isa = "host",
-    target: TargetText = None,
-    threads: Threads = 1,
-    cpu: Cpu = "",
-    image: Annotated[int, typer.Option(help="Side of the input image.")] = 224,
-    calibration: Annotated[int, typer.Option(help="Images to calibrate on.")] = 16,
-    inputs: Annotated[int, typer.Option(help="Images to compare with torch's fp32 on.")] = 4,
-    weight_bits: Annotated[int, typer.Option(help="7 or 8. Default: the target's faster.")] = 0,
-    rivals: Annotated[str, typer.Option(help="Of fp32 (our schedules), tvm (stock); or none.")] = (
-        "fp32,tvm"
-    ),
-    tvm_limit: TvmLimit = 5.0,
-    min_time: Annotated[float, typer.Option(help="Seconds each engine is sampled.")] = 2.0,
-    rounds: Rounds = 5,
-    layers: Annotated[bool, typer.Option(help="Time every layer of int8, too.")] = True,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare int8 with this machine's own result.")
-    ] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all of it here.")] = None,
-    rpc: Rpc = "",
-    key: Key = "",
-    cc: Cc = "",
-    note: Note = "",
-) -> None:
-    """Whole networks: int8 beside fp32."""
-    from . import e2e  # imports torch's frontend
-
-    console = _console()
-    names = tuple(name for name in rivals.split(",") if name and name != "none")
-    try:
-        request = site.Request(rpc, key, cc, isa, target, threads, _cpus(cpu))
-        with site.opened(request) as where:
-            options = e2e.Options(
-                where.target, where.place, image, calibration, inputs, weight_bits, names,
-                tvm_limit, min_time, rounds, layers, check,
-            )  # fmt: skip
-            results = [e2e.run_network(n, options, console) for n in network or ["resnet18"]]
-    except ImportError as error:
-        raise _fail(f"e2e needs the extra `torch`: {error}") from None
-    except (ValueError, OSError) as error:
-        raise _fail(error) from None
-    for result in results:
-        if layers and not result.error:
-            console.print(demo.layer_table(result.name, result.rows, result.layer_us, {}))
-    title = (
-        f"{where.about['cpu']} | {targets.isa_of(where.target)} | {options.bits}-bit weights | "
-        f"{threads} thread{'s'[: threads > 1]} {where.where}"
-    )
-    console.print(e2e.table(results, title, names, where.caveat))
-    if json_path is not None:
-        settings = {
-            "target": str(where.target), "threads": threads, "cores": list(where.cores),
-            "image": image, "calibration": calibration, "inputs": inputs,
-            "weight_bits": options.bits, "min_time_s": min_time, "rounds": rounds,
-        }  # fmt: skip
-        run = {**where.record("e2e", note), "options": settings}
-        json_path.write_text(e2e.to_json(results, run))
-    failed = [result for result in results if result.error]
-    if failed:
-        raise _fail(f"{len(failed)} of {len(results)} networks failed (see the table)", code=1)
 
 
 @app.command("peaks")
@@ -369,14 +238,14 @@ def peaks_command(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write them as JSON.")] = None,
 ) -> None:
     """Measured peaks of one core: our own loops, every operand in registers."""
-    console = _console()
+    console = make_console()
     here, found = peaks.runnable(), {}
     try:
-        with machine.pinned(1, _cpus(cpu)) as cores:
+        with machine.pinned(1, cpu_numbers(cpu)) as cores:
             for loop in here:
                 found[loop.name] = peaks.measure(loop, min_time)
     except ValueError as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     about = machine.describe()
     out = Table(title=f"{about['cpu']} | core {cores[0]}", title_justify="left")
     out.add_column("loop")
@@ -404,16 +273,16 @@ def count_command(
     json: Json = None,
 ) -> None:
     """Instructions of whole convolution layers under qemu, beside onnxruntime's."""
-    console = _console()
+    console = make_console()
     try:
         if rivals not in ("ort", "none"):
             raise ValueError(f"rivals is {rivals!r}; allowed: ort, none")
-        shapes = _shapes("conv", batch, shape, mb)
+        shapes = read_kind("conv", batch, shape, mb)
         chosen = arm_core.choose(target)
         cpu = cpu or chosen.qemu_cpu
         found, version = insn_count.count_layers(shapes, chosen, dtype, cpu, rivals == "ort")
     except (ValueError, OSError, mca.McaError, emulated.EmulatorError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     title = f"instructions under qemu -cpu {cpu} | compiled for {target} | {dtype}"
     console.print(insn_count.table(found, f"{title} | onnxruntime {version or 'not run'}"))
     if csv is not None:
@@ -422,7 +291,7 @@ def count_command(
         options = {"target": str(chosen.target), "cpu": cpu, "dtype": dtype, "onnxruntime": version}
         json.write_text(insn_count.to_json(found, {"options": options}))
     if any(count.instructions is None for count in found):
-        raise _fail("some layers failed (see the table)", code=1)
+        raise fail("some layers failed (see the table)", code=1)
 
 
 @app.command("seed-table")
@@ -431,8 +300,8 @@ def seed_table_command() -> None:
     try:
         found, peak = seed_table.predict_all()
     except (OSError, mca.McaError) as error:
-        raise _fail(error) from None
-    _console().print(seed_table.table(found, peak))
+        raise fail(error) from None
+    make_console().print(seed_table.table(found, peak))
 
 
 @app.command("tables")
@@ -450,14 +319,14 @@ def tables_command(
     json: Json = None,
 ) -> None:
     """The published tables again: TVM 0.17 with Relay beside Relax (takes about half an hour)."""
-    console = _console()
+    console = make_console()
     try:
         options = published.Options(
             threads, min_time, rounds, tuple(batch or published_tables.BATCHES), predict_board
         )
         found = published.run(only or (), options, console)
     except (ValueError, OSError, WorkerError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     if json is not None:
         json.write_text(published.to_json(found))
 
@@ -472,7 +341,7 @@ def shapes_command() -> None:
         layers = sum(shape.count for shape in shapes)
         gmacs = sum(shape.macs * shape.count for shape in shapes) / 1e9
         out.add_row(path.name, kinds, str(len(shapes)), str(layers), f"{gmacs:.3f}")
-    _console().print(out)
+    make_console().print(out)
 
 
 def main() -> None:

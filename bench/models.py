@@ -97,15 +97,31 @@ def default_weight_bits(target: Target) -> int:
     return 7 if features.arch == "x86_64" and not features.has("avx_vnni") else 8
 
 
-def quantize(mod: IRModule, image: int, calibration: int = 16, weight_bits: int = 8) -> IRModule:
-    """Return the QDQ form of an imported network, calibrated on seeded images of its size."""
-    batches = [images(1, image, _CALIBRATION_SEED + i) for i in range(calibration)]
+def quantize(
+    mod: IRModule, image: int, calibration: int = 16, weight_bits: int = 8, batch: int = 1
+) -> IRModule:
+    """Return the QDQ form of an imported network of that batch, calibrated on seeded images."""
+    batches = calibration_images(calibration, image, batch)
     return topi_int8.quantize(mod, batches, weight_bits=weight_bits)
 
 
-def unseen_images(count: int, image: int) -> list[np.ndarray]:
-    """Return seeded images, one an array, that `quantize` has not seen."""
-    return [images(1, image, _TEST_SEED + i) for i in range(count)]
+def calibration_images(count: int, image: int, batch: int = 1) -> list[np.ndarray]:
+    """Return seeded images to calibrate on, `batch` an array: `count`, or the few more that fill
+    the last array.
+    """
+    return _batches(_CALIBRATION_SEED, count, image, batch)
+
+
+def unseen_images(count: int, image: int, batch: int = 1) -> list[np.ndarray]:
+    """Return seeded images that `quantize` has not seen, as `calibration_images` does."""
+    return _batches(_TEST_SEED, count, image, batch)
+
+
+def _batches(seed: int, count: int, image: int, batch: int) -> list[np.ndarray]:
+    # An image has a seed of its own, so that it is the same in whatever batch it stands.
+    arrays = -(-count // batch)
+    each = [images(1, image, seed + i) for i in range(arrays * batch)]
+    return [np.concatenate(each[i * batch : (i + 1) * batch]) for i in range(arrays)]
 
 
 def images(count: int, image: int = 224, seed: int = 0) -> np.ndarray:

@@ -16,11 +16,13 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def number(value: float | None, digits: int = 1) -> str:
+    """Return a number as tables show it; nothing for None."""
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def _ratio(value: float | None) -> str:
+def times(value: float | None) -> str:
+    """Return a ratio as tables show it; nothing for None."""
     return "" if value is None else f"{value:.2f}x"
 
 
@@ -61,14 +63,14 @@ def table(
 def _row(result: LayerResult, rivals: dict[str, str]) -> list[str]:
     shape = result.shape
     chosen = "\n".join(part for part in (result.strategy, result.intrinsic) if part)
-    cells = [shape.name or shape.format(), str(shape.count), _number(shape.macs / 1e6)]
+    cells = [shape.name or shape.format(), str(shape.count), number(shape.macs / 1e6)]
     if result.ours is None:
-        cells += [f"[red]{_escape(result.error)}[/red]", *[""] * 4]
+        cells += [f"[red]{escape(result.error)}[/red]", *[""] * 4]
     else:
         mark = " ✓" if result.checked else ""
         cells += [
-            _escape(chosen) + mark, _number(result.ours.min), _number(result.ours.median),
-            _number(result.gops), _number(result.peak_percent),
+            escape(chosen) + mark, number(result.ours.min), number(result.ours.median),
+            number(result.gops), number(result.peak_percent),
         ]  # fmt: skip
     for name in rivals:
         cells += _rival_cells(result, name)
@@ -80,19 +82,19 @@ def _rival_cells(result: LayerResult, name: str) -> list[str]:
     if rival is None:
         return ["", ""]
     if rival.timing is None:
-        return [_escape(rival.note), ""]
+        return [escape(rival.note), ""]
     few = "~" if rival.note == "~" else ""
     # oneDNN's plain loops: it has no kernel for this layer.
     plain = " ref" if rival.note.startswith("ref") else ""
     ratio = result.speedup(name)
-    return [few + _number(rival.timing.min) + plain, few + _ratio(ratio) if ratio else ""]
+    return [few + number(rival.timing.min) + plain, few + times(ratio) if ratio else ""]
 
 
 def _total_row(sums: Totals, rivals: dict[str, str]) -> list[str]:
-    cells = ["total (count x min)", str(sums.layers), _number(sums.macs / 1e6), ""]
-    cells += [_number(sums.us), "", _number(sums.gops), ""]
+    cells = ["total (count x min)", str(sums.layers), number(sums.macs / 1e6), ""]
+    cells += [number(sums.us), "", number(sums.gops), ""]
     for name in rivals:
-        cells += [_number(sums.rival_us.get(name)), _ratio(sums.ratio.get(name))]
+        cells += [number(sums.rival_us.get(name)), times(sums.ratio.get(name))]
     return cells
 
 
@@ -100,12 +102,12 @@ def _geomean_row(sums: Totals, rivals: dict[str, str]) -> list[str]:
     cells = ["geomean", *[""] * 7]
     for name in rivals:
         rows = sums.rows.get(name)
-        cells += [f"{rows} rows" if rows else "", _ratio(sums.geomean.get(name))]
+        cells += [f"{rows} rows" if rows else "", times(sums.geomean.get(name))]
     return cells
 
 
-def _escape(text: str) -> str:
-    # Rich reads [word] as a style.
+def escape(text: str) -> str:
+    """Return text that Rich prints as it is: it reads [word] as a style."""
     return text.replace("[", r"\[")
 
 
@@ -155,12 +157,21 @@ def to_csv(results: list[LayerResult], rivals: dict[str, str]) -> str:
     return out.getvalue()
 
 
-def to_json(results: list[LayerResult], run: dict[str, object]) -> str:
-    """Return JSON: `run` (the machine and the options), the layers, the totals."""
+def to_document(results: list[LayerResult], run: dict[str, object]) -> dict[str, object]:
+    """Return the JSON values of a run: `run` (the machine and the options), layers, totals."""
     sums = totals(results)
-    document = {
+    return {
         **run,
         "layers": [record(result) for result in results],
         "totals": {**sums.__dict__, "gops": sums.gops},
     }
+
+
+def to_text(document: object) -> str:
+    """Return JSON values as the text of a file."""
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_json(results: list[LayerResult], run: dict[str, object]) -> str:
+    """Return the text of `to_document`."""
+    return to_text(to_document(results, run))

@@ -1,19 +1,14 @@
-"""A worker's side of the conversation: one JSON request a line, one JSON answer a line.
-
-Requests are {"do": name, ...}. Whatever else TVM prints goes to standard error.
-"""
+"""What a worker of the published tables can be asked: engines built, sampled, exported, weighed."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from bench import worker as processes
 from bench.timing import evaluator_sampler
 
 from .engine import Engine
@@ -75,32 +70,12 @@ class _Worker:
     def memory(self, folder: str, batch: int) -> dict[str, float]:
         """Run what was exported once; of a fresh process this says what a network takes."""
         run = self._load(Path(folder), batch)
-        before = _status("VmRSS")
+        before = processes.memory_status("VmRSS")
         run()
-        peak = _status("VmHWM")
+        peak = processes.memory_status("VmHWM")
         return {"peak": peak / _MIB, "activations": max(0, peak - before) / _MIB}
-
-
-def _status(field: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def serve(build: Build, load: Load) -> None:
     """Answer requests until the input ends."""
-    # Answers alone go where standard output went; libraries print to standard error.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    worker = _Worker(build, load)
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"value": getattr(worker, request.pop("do"))(**request)}
-        except Exception as error:  # said to who asked; the next engine may do better
-            words = [word for word in str(error).strip().splitlines() if word.strip()]
-            answer = {"error": f"{type(error).__name__}: {words[-1].strip() if words else ''}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    processes.serve(_Worker(build, load))

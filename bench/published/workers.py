@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +15,13 @@ import numpy as np
 
 from bench.results import RivalResult
 from bench.timing import Sampler, Timing, interleave
+from bench.worker import ROOT, Worker, WorkerError
 
 from .engine import Engine, Memory
 
-ROOT = Path(__file__).resolve().parents[2]
 RELAY_PYTHON = "TOPI_INT8_RELAY_PYTHON"  # the environment's variable
 _BUILT_PYTHON = ROOT / "build" / "relay" / "venv" / "bin" / "python"
 _MODULES = {"relay": "relay_worker", "relax": "relax_worker", "torch": "relax_worker"}
-
-
-class WorkerError(RuntimeError):
-    """A worker could not do what it was asked, and said why."""
 
 
 def relay_python() -> Path:
@@ -47,44 +41,12 @@ def relay_python() -> Path:
     return path
 
 
-class Worker:
-    """A worker process."""
-
-    def __init__(self, tvm: str) -> None:
-        python = str(relay_python()) if tvm == "relay" else sys.executable
-        # Large buffers come and go as pages, so that resident memory says what is in use.
-        env = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
-        self._process = subprocess.Popen(
-            [python, "-m", f"bench.published.{_MODULES[tvm]}"], cwd=ROOT, env=env, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
-    def ask(self, do: str, **request: Any) -> Any:
-        """Return a worker's answer.
-
-        Raises
-        ------
-        WorkerError
-            When it failed, with its words.
-        """
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError("the worker is gone") from None
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerError(f"the worker ended with {self._process.wait()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer["value"]
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+def _start(tvm: str) -> Worker:
+    python = str(relay_python()) if tvm == "relay" else sys.executable
+    # Large buffers come and go as pages, so that resident memory says what is in use.
+    return Worker(
+        [python, "-m", f"bench.published.{_MODULES[tvm]}"], {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    )
 
 
 @contextmanager
@@ -95,7 +57,7 @@ def opened(kinds: Sequence[str]) -> Iterator[dict[str, Worker]]:
         for kind in kinds:
             name = _MODULES[kind]
             if name not in found:
-                found[name] = Worker(kind)
+                found[name] = _start(kind)
                 stack.callback(found[name].close)
         yield {kind: found[_MODULES[kind]] for kind in kinds}
 
@@ -122,7 +84,7 @@ def time_engines(
             except WorkerError as error:
                 found[engine] = RivalResult(None, str(error))
                 continue
-            samplers[engine.key] = _sampler(worker, engine.key)
+            samplers[engine.key] = worker.sampler(engine.key)
         say(f"sample {len(samplers)} engines")
         taken = interleave(samplers, rounds, seconds)
     for engine in engines:
@@ -132,10 +94,6 @@ def time_engines(
         elif result is not None:
             found[engine] = RivalResult(None, str(result))
     return found
-
-
-def _sampler(worker: Worker, key: str) -> Sampler:
-    return lambda seconds: worker.ask("sample", key=key, seconds=seconds)
 
 
 def memory(engine: Engine, weights: Path) -> Memory:

@@ -6,13 +6,15 @@ the reason where it cannot run a workload, which the table then shows in place o
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from tvm.target import Target
-
-from ..place import Place
 from ..timing import Sampler
-from ..workloads import Workload
+
+if TYPE_CHECKING:  # a worker of this package may run where there is no TVM
+    from tvm.target import Target
+
+    from ..place import Place
+    from ..workloads import Workload
 
 
 class Unavailable(RuntimeError):

@@ -1,0 +1,227 @@
+"""Peak resident memory of a fresh process that loads a network and runs it once.
+
+Each is what its user would start: ours and TVM's are exported libraries in a process that has TVM's
+runtime alone (`exported_worker`), the others their own files (`rivals.network_worker`).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from rich.console import Console
+from rich.table import Table
+from tvm.target import Target
+
+from topi_int8 import override
+from topi_int8.frontend.torch import from_torch
+
+from . import models, report
+from .e2e import RIVALS as ENGINES
+from .e2e import TITLES
+from .place import first_line
+from .rivals import Unavailable
+from .rivals.networks import NETWORK_RIVALS, NetworkFiles
+from .rivals.tvm_default import TvmDefault
+from .worker import Worker, WorkerError
+
+# Torch's worker has TVM in it as well: what it takes is not torch's.
+RIVALS = tuple(name for name in ENGINES if name != "torch")
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """How memory is measured.
+
+    Parameters
+    ----------
+    target : Target
+    threads, batch, image, calibration : int
+    weight_bits : int
+        7 or 8; 0 is what the target multiplies fastest.
+    rivals : tuple of str
+        Of `RIVALS`.
+    tvm_limit : float
+        Seconds of one run beyond which stock TVM is not run.
+    """
+
+    target: Target
+    threads: int = 1
+    batch: int = 1
+    image: int = 224
+    calibration: int = 16
+    weight_bits: int = 0
+    rivals: tuple[str, ...] = RIVALS
+    tvm_limit: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "batch", "image", "calibration"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.weight_bits not in (0, 7, 8):
+            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 7, 8, or 0 (choose)")
+        for name in self.rivals:
+            if name not in RIVALS:
+                raise ValueError(f"rivals has {name!r}; allowed: {', '.join(RIVALS)}, none")
+
+    @property
+    def bits(self) -> int:
+        """The weight bits, chosen."""
+        return self.weight_bits or models.default_weight_bits(self.target)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Memory of one process, or the words for why there is none.
+
+    Attributes
+    ----------
+    peak : float or None
+        The most that was resident (VmHWM), MiB.
+    before : float or None
+        Resident before the network was loaded: interpreter and engine, MiB.
+    note : str
+    """
+
+    peak: float | None = None
+    before: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.peak is None and not self.note:
+            raise ValueError("note is ''; allowed: the reason, when there is no peak")
+
+    @classmethod
+    def of(cls, answer: dict[str, int]) -> Resident:
+        """Return a worker's answer."""
+        return cls(answer["peak"] / _MIB, answer["before"] / _MIB)
+
+
+Found = dict[str, Resident]
+
+
+def measure(name: str, options: Options, console: Console) -> Found:
+    """Return the memory of int8 and the rivals on one network.
+
+    Raises
+    ------
+    ValueError
+        For a name that torchvision does not know.
+    """
+    module, example = models.load(name, batch=options.batch, image=options.image)
+    calibration = models.calibration_images(options.calibration, options.image)
+    mod = from_torch(module, example)
+    makers: dict[str, Callable[[], Any]] = {
+        "int8": lambda: tvm.compile(_quantized(mod, options), target=options.target),
+        "fp32": lambda: tvm.compile(mod, target=options.target),
+        "tvm": lambda: _stock(mod, name, options),
+    }
+    found: Found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = NetworkFiles(folder, name, module, example, calibration)
+        data = files.array(".data.npy", example.numpy())
+        for engine in ("int8", *options.rivals):
+            try:
+                with console.status(f"{name}: {TITLES[engine]}"):
+                    if engine in NETWORK_RIVALS:
+                        found[engine] = _rival(engine, files, data, options)
+                    else:
+                        found[engine] = _exported(makers[engine](), folder / engine, data)
+            except (Unavailable, WorkerError, RuntimeError) as error:
+                found[engine] = Resident(note=first_line(error) or type(error).__name__)
+    return found
+
+
+def _quantized(mod: tvm.IRModule, options: Options) -> tvm.IRModule:
+    return models.quantize(
+        mod, options.image, options.calibration, options.bits, options.batch
+    )
+
+
+def _stock(mod: tvm.IRModule, name: str, options: Options) -> Any:
+    """Return stock TVM's executable; raise Unavailable where a run would take too long."""
+    from topi_int8 import explain
+
+    rows = explain(mod, options.target, show=False)
+    TvmDefault(options.tvm_limit).refuse(sum(row.macs for row in rows))
+    with override.disabled():
+        return tvm.compile(mod, target=options.target)
+
+
+def _exported(executable: Any, stem: Path, data: Path) -> Resident:
+    path = stem.with_suffix(".so")
+    executable.export_library(str(path))
+    worker = Worker([sys.executable, "-m", "bench.exported_worker"])
+    try:
+        return Resident.of(worker.ask("memory", path=str(path), data=str(data)))
+    finally:
+        worker.close()
+
+
+def _rival(name: str, files: NetworkFiles, data: Path, options: Options) -> Resident:
+    rival = NETWORK_RIVALS[name]
+    worker = rival.start()
+    try:
+        path = files.model(rival, worker)
+    finally:
+        worker.close()
+    worker = rival.start()  # a fresh one: quantizing takes memory
+    try:
+        return Resident.of(
+            worker.ask("memory", path=str(path), data=str(data), threads=options.threads)
+        )
+    finally:
+        worker.close()
+
+
+def over(found: Found, name: str) -> float | None:
+    """Return int8's peak over a rival's; None where either is missing."""
+    ours, theirs = found["int8"].peak, found[name].peak
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def table(found: dict[str, Found], title: str) -> Table:
+    """Return the table of networks, one row an engine; why one has no row is said below."""
+    out = Table(title=title, title_justify="left", caption_justify="left", pad_edge=False)
+    for column in ("network", "engine"):
+        out.add_column(column, no_wrap=True)
+    for column in ("peak MiB", "before loading", "added", "int8 / this"):
+        out.add_column(column, justify="right", no_wrap=True)
+    words: dict[str, None] = {}
+    for network, engines in found.items():
+        for name, resident in engines.items():
+            if resident.peak is None or resident.before is None:
+                words[f"{network}: {TITLES[name]}: {resident.note}"] = None
+                continue
+            mib = (resident.peak, resident.before, resident.peak - resident.before)
+            out.add_row(
+                network, TITLES[name], *(report.number(value, 0) for value in mib),
+                report.times(over(engines, name)),
+            )  # fmt: skip
+        out.add_section()
+    words["Fresh processes that load a network and run it once; before: Python, engine."] = None
+    out.caption = "\n".join(words)
+    return out
+
+
+def to_document(found: dict[str, Found], run: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON values of a run."""
+    return {
+        **run,
+        "memory": [
+            {
+                "network": network, "engine": name, "peak_mib": resident.peak,
+                "before_mib": resident.before, "int8_over_this": over(engines, name),
+                "note": resident.note,
+            }
+            for network, engines in found.items()
+            for name, resident in engines.items()
+        ],
+    }  # fmt: skip
