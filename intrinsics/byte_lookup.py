@@ -109,7 +109,6 @@ def _look_vpshufb(lanes: int, shuffle: str) -> Callable[[list[Any], Any], Any]:
         found = None
         for half, at in enumerate((index, index ^ _many(-_HALF, lanes))):
             for h in range(_HALF // _ROW):
-                # Always the same 16: it stays in a register, where seven constants would not.
                 at = pure_call(subtract, dtype, at, _many(_ROW, lanes)) if h else at
                 step = pure_call(shuffle, dtype, rows[half * (_HALF // _ROW) + h], at)
                 found = step if found is None else found ^ step

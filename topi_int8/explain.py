@@ -13,6 +13,8 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from intrinsics import byte_lookup
+
 from . import op
 from .explanation import Explanation, LibraryCounts, Other, Row, count_sources
 from .target import features
@@ -98,12 +100,17 @@ def explain(
                 ScheduleRest(target),
             ]
         )(mod)
+    shuffle = byte_lookup.best(feats.arch, feats.llvm)
+    notes = _SLOW | {
+        "topi_int8.lookup": f"table of 256: {shuffle.name if shuffle else 'a load a byte'}",
+        "topi_int8.concat": "vectors moved from block to block",
+    }
     explanation = Explanation(
         f"llvm ({feats.isas[0]})",
         tuple(rows),
         (
             *(
-                Other(name, count, _SLOW.get(name, _PLAIN))
+                Other(name, count, notes.get(name, _PLAIN))
                 for name, count in sorted((+others).items())
             ),
             *(

@@ -196,6 +196,17 @@ def test_a_batch_norm_before_its_convolution_reads_integers() -> None:
     assert _groups(plan) == {frozenset({"biased", "relu", "concat_0"})}
 
 
+def test_functions_and_affines_that_end_in_a_sum() -> None:
+    for addend in (relax.const(0.5), _const(1, 8, 1, 1)):
+
+        def body(emit, x, addend=addend):
+            wave = emit(op.multiply(_relu(emit, _conv(emit, x)), _const(8, 1, 1)))
+            return _conv(emit, emit(op.add(wave, addend), "sum"))
+
+        tensors = _plan(body)[0]
+        assert len(tensors) == 3 and {"x", "relu"} < tensors
+
+
 def test_a_function_of_what_stays_float_stays_float() -> None:
     def body(emit, x):
         return _conv(emit, emit(op.tanh(emit(op.sin(_conv(emit, x)))), "tanh"))

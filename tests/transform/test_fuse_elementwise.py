@@ -302,6 +302,11 @@ def test_reasons() -> None:
     assert stays(module(one(R.log), third)) == {"it has no value for some integers"}
 
 
+def test_a_shift_a_pixel_is_no_affine() -> None:
+    mod = module(lambda e, x: e(R.add(x, vector(5, 6))), (SHAPE, IN))
+    assert stays(mod) == {"relax.add has a constant of more than one value"}
+
+
 def test_a_scale_a_channel_is_no_table() -> None:
     bb = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(SHAPE, "uint8"))
@@ -321,6 +326,20 @@ def test_symbolic_shapes_and_results_in_float() -> None:
     assert stays(mod) == {"a float operator reads it, or it is a result"}
 
 
+def test_what_the_pass_would_have_taken() -> None:
+    third = (SHAPE, IN)
+    for mod in (module(silu, third), module(batch_norm, third), module(times, third, third)):
+        assert {reason for _, reason in declined(mod)} == {"FuseElementwise was not run"}
+
+
+def test_constants_bound_to_variables() -> None:
+    def body(emit, x):
+        scale, shift = emit(vector(1, 20, 1, 1)), emit(f(0.5))
+        return emit(R.add(emit(R.multiply(x, scale)), shift))
+
+    fuse(module(body, (SHAPE, IN)), {"affine": 1})
+
+
 def test_explain_says_why() -> None:
     body = lambda e, x: e(R.tanh(e(R.multiply(x, vector(20, 1, 1)))))  # noqa: E731
     found = topi_int8.explain(module(body, (SHAPE, IN)), isa_target("avx2"), show=False)
@@ -328,6 +347,14 @@ def test_explain_says_why() -> None:
     for name in ("relax.tanh", "relax.multiply"):
         assert "in float: relax.multiply has a constant of more than one value" in notes[name]
     assert [other.count for other in found.others if other.op == "relax.tanh"] == [1]
+
+
+@pytest.mark.parametrize("isa, how", [("avx2", "vpshufb_256"), ("generic", "a load a byte")])
+def test_explain_says_how_a_table_is_read(isa: str, how: str) -> None:
+    found = topi_int8.explain(module(silu, (SHAPE, IN)), isa_target(isa), show=False)
+    assert [(other.op, other.note) for other in found.others] == [
+        ("topi_int8.lookup", f"table of 256: {how}")
+    ]
 
 
 # ---- whole blocks

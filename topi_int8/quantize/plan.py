@@ -195,8 +195,8 @@ class _Planner:
         inputs = self.graph.tensors(expr)
         if name in SHARED_SCALE:
             return inputs if all(_is_float_tensor(x) for x in inputs) else []
-        if name == "relax.add":
-            return inputs if self._adds_integers(expr) else []
+        if name == "relax.add" and self._adds_integers(expr):
+            return inputs
         if (elementwise := self._elementwise_inputs(var)) is not None:
             return elementwise
         if name in AVERAGES or name in ACTIVATIONS:

@@ -25,7 +25,7 @@ from ..workload import INT8_DTYPES, Epilogue
 
 # The shortest run: what every block is a multiple of.
 _RUN = 16
-# Channels below which one task is as fast as several.
+# Bytes of the result below which one task is as fast as several.
 _PARALLEL_BYTES = 32768
 
 

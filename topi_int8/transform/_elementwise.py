@@ -205,7 +205,10 @@ class Finder:
         return Pointwise(sources.pop(), tuple(steps.values()))
 
     def affine(self, var: relax.Var) -> Affine | None:
-        """Return the scale, shift and last clip by constants that a variable is of another."""
+        """Return the scale, shift and last clip by constants that a variable is of another.
+
+        Constants are vectors: they vary along one axis.
+        """
         found = self._affine(var, first=True)
         return found if found is not None and found.source is not var else None
 
@@ -226,6 +229,8 @@ class Finder:
                     break
                 continue
             inner = self._affine(source)
+            if sum(dim > 1 for dim in array.shape) > 1:
+                return None  # varies from pixel to pixel: nothing that layouts could follow
             if inner is None or inner.bounds != NO_BOUNDS:
                 return None
             with np.errstate(divide="ignore"):

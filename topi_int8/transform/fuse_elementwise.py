@@ -65,8 +65,7 @@ class _Rules:
 
     def rewrite(self, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         """Return the integer operator that makes a quantized tensor; None to keep the binding."""
-        if isinstance(value, GenericConst):
-            self.graph.set_array(var, value.value.numpy)
+        self.note(var, value)
         if op_name(value) != "relax.quantize" or not is_static(value):
             return None
         out, source = self.params(value), value.args[0]
@@ -77,6 +76,11 @@ class _Rules:
             return self.made(source, out)
         except _Declined:
             return None
+
+    def note(self, var: relax.Var, value: relax.Expr) -> None:
+        """Remember a constant that is bound to a variable."""
+        if isinstance(value, GenericConst):
+            self.graph.set_array(var, value.value.numpy)
 
     def made(self, var: relax.Var, out: QParams) -> relax.Call:
         """Return ``quantize(var)`` as one operator on integers; _Declined where it is none."""
@@ -166,10 +170,11 @@ class _Leftovers:
     """The elementwise float operators of a function, and why they are still there."""
 
     def __init__(self, graph: Graph) -> None:
+        graph.new = lambda expr: expr  # nothing is rebuilt here
         self.graph, self.rules = graph, _Rules(graph)
         self.readers: dict[relax.Var, list[relax.Var]] = {}
         for var, value in graph.value_of.items():
-            self.rules.rewrite(var, value)  # notes constants
+            self.rules.note(var, value)
             for arg in getattr(value, "args", ()):
                 if isinstance(arg, relax.Var):
                     self.readers.setdefault(arg, []).append(var)
