@@ -163,6 +163,45 @@ def requantize(
     return _store(v, out_dtype, out_zero_point, clip_min, clip_max)
 
 
+def affine(
+    data: np.ndarray,
+    scale: np.ndarray,
+    bias: np.ndarray,
+    *,
+    zero_point: int,
+    out_dtype: str,
+    out_zero_point: int,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+) -> np.ndarray:
+    """Return ``clip(rint((data - zero_point) * scale + bias) + out_zero_point)``, `op.affine`."""
+    v = (data.astype("float32") - np.float32(zero_point)) * scale + bias
+    return _store(v, out_dtype, out_zero_point, clip_min, clip_max)
+
+
+def multiply(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    a_zero_point: int,
+    b_zero_point: int,
+    scale: float,
+    out_dtype: str,
+    out_zero_point: int,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+) -> np.ndarray:
+    """Return ``clip(rint((a-za) * (b-zb) * scale) + zo)``; `topi_int8.op.multiply`."""
+    v = (a.astype("float32") - np.float32(a_zero_point)) * np.float32(scale)
+    v = v * (b.astype("float32") - np.float32(b_zero_point))
+    return _store(v, out_dtype, out_zero_point, clip_min, clip_max)
+
+
+def lookup(data: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Return a table's entries by the bits of 8-bit data; `topi_int8.op.lookup`."""
+    return table[data.view("uint8")]
+
+
 def add(
     a: np.ndarray,
     b: np.ndarray,

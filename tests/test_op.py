@@ -32,6 +32,26 @@ SCALE16 = relax.const(np.ones(16, "float32"))
 # ---- types
 
 
+def test_types_of_the_elementwise_operators() -> None:
+    x, table = var((1, 8, 3, 4)), ones(256)
+    stored = dict(out_dtype="int8", out_zero_point=1)
+    vector = ones(1, 8, 1, 1, dtype="float32")
+    assert type_of(op.lookup(x, table)) == ((1, 8, 3, 4), "int8")
+    assert type_of(op.affine(x, vector, vector, zero_point=2, **stored)) == ((1, 8, 3, 4), "int8")
+    gate = var((1, 8, 1, 1))
+    product = op.multiply(x, gate, a_zero_point=1, b_zero_point=2, scale=0.5, **stored)
+    assert type_of(product) == ((1, 8, 3, 4), "int8")
+
+
+def test_type_of_a_concat() -> None:
+    parts = [var((2, 1, 3, 4, 64)), var((2, 1, 3, 4, 32))]
+    assert type_of(op.concat(parts, (64, 20), 64)) == ((2, 2, 3, 4, 64), "uint8")
+    vectors = [ones(1, 2, 1, 1, 64, dtype="float32")] * 2
+    call = op.rebuild(op.concat(parts, (64, 20), 64), [*parts, *vectors], affine=True,
+                      zero_point=0, out_dtype="int8", out_zero_point=3)  # fmt: skip
+    assert type_of(call) == ((2, 2, 3, 4, 64), "int8")
+
+
 @pytest.mark.parametrize(
     "data, attrs, expected",
     [

@@ -13,15 +13,19 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from intrinsics import byte_lookup
+
 from . import op
 from .explanation import Explanation, LibraryCounts, Other, Row, count_sources
 from .target import features
+from .transform.fuse_elementwise import declined
 from .transform.lower import Lower, decide
 from .transform.pipeline import integer_passes
 from .transform.schedule_rest import ScheduleRest, unscheduled
 
 __all__ = ["Explanation", "LibraryCounts", "Other", "Row", "explain", "library_counts"]
 
+_PLAIN = "plain schedule: vectorised, parallel"
 # What it means for these to be left to TVM, where that is not just "scheduled plainly".
 _SLOW = {
     "relax.nn.conv2d": "SLOW: no strategy of ours; symbolic shape or an unsupported type or layout",
@@ -63,6 +67,7 @@ def explain(
         mod = tvm.transform.Sequential(integer_passes(target, layout))(mod)
         rows: list[Row] = []
         others: Counter = Counter()
+        floats = Counter(declined(mod))
 
         def visit(call: Any) -> None:
             name = op.op_name(call)
@@ -83,6 +88,8 @@ def explain(
         for _, func in mod.functions_items():
             if isinstance(func, relax.Function):
                 relax.analysis.post_order_visit(func, visit)
+        for (name, _), count in floats.items():
+            others[name] -= count
         final = tvm.transform.Sequential(
             [
                 Lower(target, layout),
@@ -93,12 +100,23 @@ def explain(
                 ScheduleRest(target),
             ]
         )(mod)
+    shuffle = byte_lookup.best(feats.arch, feats.llvm)
+    notes = _SLOW | {
+        "topi_int8.lookup": f"table of 256: {shuffle.name if shuffle else 'a load a byte'}",
+        "topi_int8.concat": "vectors moved from block to block",
+    }
     explanation = Explanation(
         f"llvm ({feats.isas[0]})",
         tuple(rows),
-        tuple(
-            Other(name, count, _SLOW.get(name, "plain schedule: vectorised, parallel"))
-            for name, count in sorted(others.items())
+        (
+            *(
+                Other(name, count, notes.get(name, _PLAIN))
+                for name, count in sorted((+others).items())
+            ),
+            *(
+                Other(name, count, f"{_PLAIN}, in float: {reason}")
+                for (name, reason), count in sorted(floats.items())
+            ),
         ),
         unscheduled(final),
     )

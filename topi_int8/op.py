@@ -11,6 +11,10 @@ as flat attributes; `epilogue_of` and `workload_of` read them back.
 | add | a, b | clip(rint((a-za)*sa + (b-zb)*sb) + zo) |
 | avg_pool2d | data | clip(rint(mean(data - zi) * scale) + zo); like relax.nn.avg_pool2d |
 | requantize | data | clip(rint((data - zi) * scale) + zo) |
+| affine | data, scale, bias | clip(rint((data - zi) * scale + bias) + zo), a vector of each |
+| multiply | a, b | clip(rint((a-za) * (b-zb) * scale) + zo), b may have one value a channel |
+| lookup | data, table | table[bits of data], 256 entries |
+| concat | parts, [scale, bias] | NCHW[c]c of any blocks joined along the channels; affine |
 | layout_transform | data | NCHW, NHWC <-> NCHW[c]c, channels padded with a fill value |
 """
 
@@ -340,6 +344,78 @@ def requantize(
     return _call(REQUANTIZE, [data], attrs)
 
 
+def affine(
+    data: Any,
+    scale: Any,
+    bias: Any,
+    *,
+    zero_point: int,
+    out_dtype: str,
+    out_zero_point: int,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+) -> relax.Call:
+    """Return ``clip(rint((data - zero_point) * scale + bias) + out_zero_point)``.
+
+    `scale` and `bias` are float32 constants of the data's rank in units of the output, which
+    broadcast to its shape: a BatchNorm that no convolution could take in.
+    """
+    attrs = dict(
+        zero_point=zero_point,
+        out_dtype=out_dtype,
+        out_zero_point=out_zero_point,
+        **_clip_attrs(clip_min, clip_max),
+    )
+    return _call(AFFINE, [data, scale, bias], attrs)
+
+
+def multiply(
+    a: Any,
+    b: Any,
+    *,
+    a_zero_point: int,
+    b_zero_point: int,
+    scale: float,
+    out_dtype: str,
+    out_zero_point: int,
+    clip_min: float | None = None,
+    clip_max: float | None = None,
+) -> relax.Call:
+    """Return a quantized product; `b` has the shape of `a`, or broadcasts to it.
+
+    `scale` is the product of both scales over the output's.
+    """
+    attrs = dict(
+        a_zero_point=a_zero_point,
+        b_zero_point=b_zero_point,
+        scale=float(scale),
+        out_dtype=out_dtype,
+        out_zero_point=out_zero_point,
+        **_clip_attrs(clip_min, clip_max),
+    )
+    return _call(MULTIPLY, [a, b], attrs)
+
+
+def lookup(data: Any, table: Any) -> relax.Call:
+    """Return the 8-bit elements of `data` replaced by entries of a table.
+
+    Parameters
+    ----------
+    data : relax.Expr
+        uint8 or int8, any shape.
+    table : relax.Expr
+        A uint8 or int8 constant (256,), indexed by the element's bits: int8 -1 finds entry 255.
+    """
+    return _call(LOOKUP, [data, table], {})
+
+
+def _lookup_type(call: relax.Call, _ctx: Any) -> Any:
+    return relax.TensorType(call.args[0].ty.shape, str(call.args[1].ty.dtype))
+
+
+AFFINE = _register("affine", _same_shape_type)
+MULTIPLY = _register("multiply", _same_shape_type)
+LOOKUP = _register("lookup", _lookup_type)
 ADD = _register("add", _same_shape_type)
 REQUANTIZE = _register("requantize", _same_shape_type)
 
@@ -397,6 +473,38 @@ def avg_pool2d(
 AVG_POOL2D = _register("avg_pool2d", _avg_pool2d_type)
 
 # ---------------------------------------------------------------- layout
+
+
+def _concat_type(call: relax.Call, _ctx: Any) -> Any:
+    attrs, first = attrs_of(call), call.args[0]
+    n, _, h, w, _ = shape_of(first)
+    shape = _layout.Layout.packed(attrs["out_block"]).shape(n, sum(attrs["channels"]), h, w)
+    return relax.TensorType(shape, attrs.get("out_dtype", str(first.ty.dtype)))
+
+
+def concat(parts: list, channels: tuple[int, ...], out_block: int) -> relax.Call:
+    """Return packed 8-bit tensors of one dtype joined along their channels.
+
+    Parameters
+    ----------
+    parts : list of relax.Expr
+        In NCHW[c]c, each of its own block, a multiple of 16.
+    channels : tuple of int
+        Logical channels of each part; multiples of 16 but for the last.
+    out_block : int
+        Channel block of the result, a multiple of 16.
+
+    Notes
+    -----
+    With the attribute ``affine`` two more arguments follow the parts, and the attributes of
+    `affine` say what becomes of the joined tensor: `FuseConcat` makes such calls.
+    """
+    return _call(
+        CONCAT, list(parts), dict(channels=list(channels), out_block=out_block, affine=False)
+    )
+
+
+CONCAT = _register("concat", _concat_type)
 
 
 def _layout_transform_type(call: relax.Call, _ctx: Any) -> Any:

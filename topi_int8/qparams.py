@@ -30,6 +30,11 @@ class QParams:
         q = np.rint(np.asarray(real, "float32") / np.float32(self.scale)) + self.zero_point
         return np.clip(q, low, high).astype(self.dtype)
 
+    def dequantize(self, q: np.ndarray) -> np.ndarray:
+        """Return integers as the float32 reals that they stand for."""
+        shifted = (q.astype("int64") - self.zero_point).astype("float32")
+        return shifted * np.float32(self.scale)
+
     def bound(self, real: float) -> int | None:
         """Return a real clip bound in quantized units inside the type's range; None if infinite."""
         if math.isinf(real):
@@ -42,3 +47,8 @@ class QParams:
         """Return whether two tensors of these parameters hold equal integers for equal reals."""
         close = math.isclose(self.scale, other.scale, rel_tol=1e-6)
         return close and (self.zero_point, self.dtype) == (other.zero_point, other.dtype)
+
+
+def all_integers(dtype: str) -> np.ndarray:
+    """Return the 256 integers of "uint8" or "int8", in the order of their bits (int8: 0 .. -1)."""
+    return np.arange(256, dtype="uint8").view(dtype)

@@ -150,11 +150,68 @@ def test_average_pool_has_scales_of_its_own_on_both_sides() -> None:
 
 def test_operators_nobody_knows_stay_float() -> None:
     def body(emit, x):
-        conv = _conv(emit, x)
-        gate = emit(op.sigmoid(conv), "gate")
-        return _conv(emit, emit(op.multiply(conv, gate), "silu"))
+        wave = emit(op.sin(_conv(emit, x)))
+        return _conv(emit, emit(op.multiply(wave, wave), "square"))
 
-    assert _plan(body)[0] == {"x", "silu"}
+    assert _plan(body)[0] == {"x", "square"}
+
+
+def _silu(emit, x, name: str = "silu"):
+    return emit(op.multiply(x, emit(op.sigmoid(x))), name)
+
+
+def test_a_function_of_one_tensor_is_stored_before_and_after() -> None:
+    def body(emit, x):
+        return _conv(emit, _silu(emit, _conv(emit, x)))
+
+    assert _plan(body)[0] == {"x", "biased", "silu"}
+
+
+def test_a_function_follows_the_kernel_s_own_clip() -> None:
+    def body(emit, x):
+        return _conv(emit, emit(op.tanh(_relu(emit, _conv(emit, x))), "tanh"))
+
+    assert _plan(body)[0] == {"x", "relu", "tanh"}
+
+
+def test_squeeze_and_excitation() -> None:
+    def body(emit, x):
+        wide = _silu(emit, _conv(emit, x), "wide")
+        gate = emit(op.sigmoid(_conv(emit, emit(op.mean(wide, [2, 3], keepdims=True), "m"), k=1)),
+                    "gate")  # fmt: skip
+        return _conv(emit, emit(op.multiply(gate, wide), "excited"))
+
+    stored = {"x", "biased", "wide", "mean_0", "biased1", "gate", "excited"}
+    assert _plan(body)[0] == stored
+
+
+def test_a_batch_norm_before_its_convolution_reads_integers() -> None:
+    def body(emit, x):
+        both = emit(op.concat([_conv(emit, x), _relu(emit, _conv(emit, x))], 1), "both")
+        scaled = emit(op.multiply(both, _const(1, 16, 1, 1)))
+        return _conv(emit, _relu(emit, emit(op.add(scaled, _const(1, 16, 1, 1))), "norm"))
+
+    tensors, plan = _plan(body)
+    assert tensors == {"x", "biased", "relu", "concat_0", "norm"}
+    assert _groups(plan) == {frozenset({"biased", "relu", "concat_0"})}
+
+
+def test_functions_and_affines_that_end_in_a_sum() -> None:
+    for addend in (relax.const(0.5), _const(1, 8, 1, 1)):
+
+        def body(emit, x, addend=addend):
+            wave = emit(op.multiply(_relu(emit, _conv(emit, x)), _const(8, 1, 1)))
+            return _conv(emit, emit(op.add(wave, addend), "sum"))
+
+        tensors = _plan(body)[0]
+        assert len(tensors) == 3 and {"x", "relu"} < tensors
+
+
+def test_a_function_of_what_stays_float_stays_float() -> None:
+    def body(emit, x):
+        return _conv(emit, emit(op.tanh(emit(op.sin(_conv(emit, x)))), "tanh"))
+
+    assert _plan(body)[0] == {"x", "tanh"}
 
 
 def test_a_matmul_of_two_activations_wants_the_second_symmetric() -> None:

@@ -44,10 +44,26 @@ def _avg_pool2d(call: relax.Call, data: np.ndarray) -> np.ndarray:
     return layout.pack(reference.avg_pool2d(nchw, **attrs))
 
 
+def _concat(call: relax.Call, *arrays: np.ndarray) -> np.ndarray:
+    attrs = op.attrs_of(call)
+    channels, block = attrs.pop("channels"), attrs.pop("out_block")
+    count = len(channels)
+    joined = np.concatenate([
+        Layout.packed(part.shape[-1]).unpack(part, c)
+        for part, c in zip(arrays[:count], channels, strict=True)
+    ], 1)  # fmt: skip
+    packed = Layout.packed(block).pack(joined)
+    return reference.affine(packed, *arrays[count:], **attrs) if attrs.pop("affine") else packed
+
+
 _NUMPY: dict[str, Callable[..., np.ndarray]] = {
     "conv2d": _conv2d,
     "matmul": _matmul,
     "avg_pool2d": _avg_pool2d,
+    "affine": lambda call, *arrays: reference.affine(*arrays, **op.attrs_of(call)),
+    "concat": _concat,
+    "lookup": lambda call, data, table: reference.lookup(data, table),
+    "multiply": lambda call, a, b: reference.multiply(a, b, **op.attrs_of(call)),
     "add": lambda call, a, b: reference.add(a, b, **op.attrs_of(call)),
     "requantize": lambda call, a: reference.requantize(a, **op.attrs_of(call)),
 }

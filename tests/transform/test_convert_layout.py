@@ -269,6 +269,23 @@ def concat_of(channels: tuple[int, ...], axis: int = 1) -> Build:
 @pytest.mark.parametrize("channels", [(32, 16), (32, 20), (16, 16, 5)])
 def test_concat_of_whole_blocks_stays_packed(channels: tuple[int, ...]) -> None:
     new = check(concat_of(channels), U8, transforms=2)
+    (call,) = [v for v in _values(new) if _is(v, "topi_int8.concat")]
+    assert op.attrs_of(call)["channels"] == channels
+
+
+@pytest.mark.parametrize("channels, block", [((64, 32), 64), ((16, 16), 32), ((32, 64, 7), 64)])
+def test_concat_of_different_blocks_takes_the_targets(channels: tuple, block: int) -> None:
+    new = check(concat_of(channels), U8, transforms=2, target=AMX)
+    (call,) = [v for v in _values(new) if _is(v, "topi_int8.concat")]
+    assert op.attrs_of(call)["out_block"] == block
+
+
+def test_concat_in_float_stays_packed() -> None:
+    def build(net: Net, x: Any) -> Any:
+        y = net(relax.op.concat([net.float_conv(x, 32), net.float_conv(x, 16)], axis=1))
+        return net.float_conv(y, 16)
+
+    new = check(build, ((1, 5, 9, 9), "float32"), transforms=2)
     (call,) = [v for v in _values(new) if _is(v, "relax.concat")]
     assert len(op.shape_of(call)) == 5
 

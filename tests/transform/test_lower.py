@@ -88,10 +88,20 @@ def run(mod: tvm.IRModule, target: tvm.target.Target, *inputs: np.ndarray) -> np
 # ---- everything is lowered
 
 
+def table() -> relax.Expr:
+    return relax.const(RNG.permutation(256).astype("uint8"))
+
+
 def every_operator(emit: Any, x: Any) -> Any:
     a, b = conv(emit, x, weight(16, 16, 3, 3)), conv(emit, x, weight(16, 1, 3, 3), groups=16)
     y = emit(op.add(a, b, a_zero_point=100, a_scale=0.5, b_zero_point=100, b_scale=0.5,
                     out_dtype="uint8", out_zero_point=90))  # fmt: skip
+    y = emit(op.multiply(y, emit(op.lookup(b, table())), a_zero_point=90, b_zero_point=0,
+                         scale=0.01, out_dtype="uint8", out_zero_point=90))  # fmt: skip
+    vector = relax.const(np.full((1, 16, 1, 1), 1.5, "float32"))
+    y = emit(op.affine(y, vector, vector, zero_point=90, out_dtype="uint8", out_zero_point=90))
+    y = emit(relax.op.concat([y, a], 1))
+    y = conv(emit, y, weight(16, 32, 3, 3))
     y = emit(op.requantize(y, zero_point=90, scale=2.0, out_dtype="int8", out_zero_point=-3))
     y = emit(op.avg_pool2d(y, pool_size=(8, 9), zero_point=-3, scale=4.0, out_dtype="int8",
                            out_zero_point=2))  # fmt: skip
@@ -102,7 +112,8 @@ def every_operator(emit: Any, x: Any) -> Any:
 def test_every_operator_is_lowered(isa: str) -> None:
     new = lower(module(every_operator, U8), isa_target(isa))
     kernels = {**functions(new, "nchwc"), **functions(new, "matmul")}
-    assert len(kernels) == 3
+    kernels |= {**functions(new, "lookup"), **functions(new, "concat")}
+    assert len(kernels) == 6  # a dense layer, three convolutions, a lookup and a concat
     assert all(func.attrs[SCHEDULED_ATTR] for func in kernels.values())
 
 

@@ -1,5 +1,4 @@
-"""The operators between convolutions, in TE: add, requantize, average pool, layout transform,
-packing.
+"""The operators between convolutions, in TE: sums, products, requantize, average pool, layouts.
 
 All are layout-blind or take the layout as an index map; none knows the graph.
 """
@@ -56,6 +55,33 @@ def requantize(data: Any, attrs: dict[str, Any]) -> Any:
         return _stored(dequantize_value(data[i], attrs["zero_point"], attrs["scale"]), attrs)
 
     return te.compute(data.shape, value, name="requantize")
+
+
+def _beside(tensor: Any, i: tuple) -> Any:
+    """Return a tensor's element for index `i` of one that it broadcasts to, of the same rank."""
+    return tensor[tuple(
+        0 if int(dim) == 1 else at for dim, at in zip(tensor.shape, i, strict=True)
+    )]  # fmt: skip
+
+
+def affine(data: Any, scale: Any, bias: Any, attrs: dict[str, Any]) -> Any:
+    """Return a scale and a bias a channel, and requantization, in one pass (`op.affine`)."""
+
+    def value(*i: Any) -> Any:
+        real = dequantize_value(data[i], attrs["zero_point"], 1.0)
+        return _stored(real * _beside(scale, i) + _beside(bias, i), attrs)
+
+    return te.compute(data.shape, value, name="affine")
+
+
+def multiply(a: Any, b: Any, attrs: dict[str, Any]) -> Any:
+    """Return the quantized product of two tensors, the second broadcast (`op.multiply`)."""
+
+    def value(*i: Any) -> Any:
+        left = dequantize_value(a[i], attrs["a_zero_point"], attrs["scale"])
+        return _stored(left * dequantize_value(_beside(b, i), attrs["b_zero_point"], 1.0), attrs)
+
+    return te.compute(a.shape, value, name="qmultiply")
 
 
 def avg_pool2d(data: Any, attrs: dict[str, Any], out_shape: tuple[int, ...]) -> Any:

@@ -10,6 +10,10 @@ inside one.
   is fused and the earlier one is stored.
 - max_pool2d, concat, split, reshape and the like move integers unchanged, so their inputs and
   outputs share one scale; average pooling and a free-standing add have their own.
+- A function of one integer tensor, such as x * sigmoid(x), is a table of 256 values: its input and
+  its output are quantized, nothing between. So is a product of two integer tensors
+  (squeeze-and-excitation's), and a scale and a shift a channel with its relu (a BatchNorm before
+  its convolution).
 - A tensor that only float operators read, or that is the result of the network, stays float32.
 """
 
@@ -21,7 +25,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tvm import relax
 
-from ..op import op_name
+from ..op import op_name, static_shape
+from ..transform._elementwise import Finder, NotPointwise
 from .graph import Graph, constant
 
 SHARED_SCALE = frozenset(
@@ -105,6 +110,8 @@ class _Planner:
         self.residual: list[relax.Var] = []
         self.fused_adds: set[relax.Var] = set()
         self._integer: dict[relax.Var, bool] = {}
+        # A fused chain's end is stored; what comes after it reads that.
+        self.finder = Finder(graph.values.get, constant, self.stage.__contains__)
 
     def run(self) -> Plan:
         for var in self.graph.order:
@@ -188,11 +195,31 @@ class _Planner:
         inputs = self.graph.tensors(expr)
         if name in SHARED_SCALE:
             return inputs if all(_is_float_tensor(x) for x in inputs) else []
-        if name == "relax.add":
-            return inputs if self._adds_integers(expr) else []
+        if name == "relax.add" and self._adds_integers(expr):
+            return inputs
+        if (elementwise := self._elementwise_inputs(var)) is not None:
+            return elementwise
         if name in AVERAGES or name in ACTIVATIONS:
             return inputs if all(self._is_integer(x) for x in inputs) else []
         return []
+
+    def _elementwise_inputs(self, var: relax.Var) -> list[relax.Var] | None:
+        """Return the tensors that one pass over integers makes this one of; None if none does.
+
+        The passes are `FuseElementwise`'s; sums and clips alone are no concern of it.
+        """
+        if static_shape(var) is None:
+            return None
+        try:
+            function = self.finder.pointwise(var)
+            inputs = [] if function.only_clips else [function.source]
+        except NotPointwise:
+            affine, product = self.finder.affine(var), self.finder.product(var)
+            if affine is not None and not affine.only_clips:
+                inputs = [affine.source]
+            else:
+                inputs = [product.a, product.b] if product is not None else []
+        return inputs if inputs and all(self._is_integer(x) for x in inputs) else None
 
     def _adds_integers(self, call: relax.Call) -> bool:
         operands = [x for x in call.args if isinstance(x, relax.Var)]
@@ -217,6 +244,8 @@ class _Planner:
             result = True
         elif var in self.skipped or expr is None:
             result = False
+        elif self._elementwise_inputs(var) is not None:
+            result = True
         elif name in SHARED_SCALE or name in AVERAGES or name in ACTIVATIONS:
             result = all(self._is_integer(x) for x in self.graph.tensors(expr))
         elif name == "relax.add":

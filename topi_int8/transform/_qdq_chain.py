@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from tvm import relax, tirx
+from tvm import relax
 
 from .. import op
-from ..op import op_name, static_shape
 from ._qdq_graph import Graph
-from ._qdq_values import INF, QParams, channel_vector, narrow, scalar
+from ._qdq_values import INF, QParams, channel_vector, clip_of, narrow
 
 # |bias| beyond this could overflow int32 together with the sum; such a bias is added in float.
 _BIAS_LIMIT = 2**30
@@ -138,35 +137,6 @@ class Chain:
         return make(self.data, self.weight, **operands, clip_min=low, clip_max=high, **attrs)
 
 
-def _number(graph: Graph, expr: relax.Expr) -> float | None:
-    if isinstance(expr, tirx.IntImm | tirx.FloatImm):
-        return float(expr.value)
-    return scalar(graph.array(expr))
-
-
-def clip_of(graph: Graph, call: relax.Call) -> tuple[relax.Expr, tuple[float, float]] | None:
-    """Return (input, bounds) of an operator that is a clip by constants; None for any other."""
-    name = op_name(call)
-    if name == "relax.nn.relu":
-        return call.args[0], (0.0, INF)
-    if name == "relax.nn.relu6":
-        return call.args[0], (0.0, 6.0)
-    if name == "relax.clip":
-        bounds = [_number(graph, arg) for arg in call.args[1:]]
-        if None in bounds:
-            return None
-        return call.args[0], (bounds[0], bounds[1])
-    if name in ("relax.maximum", "relax.minimum"):
-        for this, other in ((0, 1), (1, 0)):
-            bound = scalar(graph.array(call.args[other]))
-            widens = static_shape(call) != static_shape(call.args[this])
-            if bound is None or widens:
-                continue
-            bounds = (bound, INF) if name == "relax.maximum" else (-INF, bound)
-            return call.args[this], bounds
-    return None
-
-
 def conv2d_attrs(call: relax.Call, name: str) -> dict[str, Any] | None:
     """Return the geometry of a relax.nn.conv2d for `op.conv2d`; None if it cannot be said."""
     attrs = call.attrs
@@ -214,7 +184,7 @@ class ChainBook:
 
     def extend_by_clip(self, var: relax.Var, call: relax.Call) -> relax.Call | None:
         """Rewrite a relu or clip of a chain."""
-        clip = clip_of(self.graph, call)
+        clip = clip_of(call, self.graph.array)
         chain = self.open(clip[0]) if clip is not None else None
         grown = chain.with_clip(clip[1]) if chain is not None and clip is not None else None
         return self.record(var, grown) if grown is not None else None

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import relax, tirx
 from tvm.ir import GenericConst
 
+from ..op import op_name, static_shape
 from ..qparams import QParams
 from ..workload import DTYPE_RANGE, INT8_DTYPES
 
 INF = math.inf
 Bounds = tuple[float, float]
 NO_BOUNDS: Bounds = (-INF, INF)
+# The value of a constant, or of a variable bound to one; None for anything else.
+ArrayOf = Callable[[Any], np.ndarray | None]
 
 
 def narrow(inner: tuple[float, float], outer: tuple[float, float]) -> tuple[float, float]:
@@ -99,6 +103,38 @@ class View:
 def scalar(array: np.ndarray | None) -> float | None:
     """Return the only element of an array; None if there are more, or there is no array."""
     return None if array is None or array.size != 1 else float(array.reshape(()))
+
+
+def number(expr: Any, array_of: ArrayOf) -> float | None:
+    """Return the value of an attribute or of a constant of one element; None for anything else."""
+    if isinstance(expr, tirx.IntImm | tirx.FloatImm):
+        return float(expr.value)
+    return scalar(array_of(expr))
+
+
+def clip_of(
+    call: relax.Call, array_of: ArrayOf
+) -> tuple[relax.Expr, tuple[float, float]] | None:
+    """Return (input, bounds) of an operator that is a clip by constants; None for any other."""
+    name = op_name(call)
+    if name == "relax.nn.relu":
+        return call.args[0], (0.0, INF)
+    if name == "relax.nn.relu6":
+        return call.args[0], (0.0, 6.0)
+    if name == "relax.clip":
+        bounds = [number(arg, array_of) for arg in call.args[1:]]
+        if None in bounds:
+            return None
+        return call.args[0], (bounds[0], bounds[1])
+    if name in ("relax.maximum", "relax.minimum"):
+        for this, other in ((0, 1), (1, 0)):
+            bound = scalar(array_of(call.args[other]))
+            widens = static_shape(call) != static_shape(call.args[this])
+            if bound is None or widens:
+                continue
+            bounds = (bound, INF) if name == "relax.maximum" else (-INF, bound)
+            return call.args[this], bounds
+    return None
 
 
 def view_of(

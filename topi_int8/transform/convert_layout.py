@@ -288,6 +288,15 @@ def _beside(
     return conv.in_layout(arg, leader.packed)
 
 
+def _lookup(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
+    """Follow the data; the table has no layout."""
+    image = conv.images.get(call.args[0])
+    if image is None or not image.packed or not _static(call):
+        return None
+    new = op.lookup(conv.in_layout(call.args[0], image.packed), conv.visit_expr(call.args[1]))
+    return new, Image(image.logical, image.channels, {image.packed: None})
+
+
 def _pool(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
     image = conv.images.get(call.args[0])
     ours = op.is_op(call, "avg_pool2d")
@@ -312,7 +321,10 @@ def _pool(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None
 
 
 def _concat(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
-    """Stay packed where every input but the last is whole blocks of one size."""
+    """Stay packed where every input but the last is whole blocks.
+
+    Of one size, or 8-bit integers: those may also come to lie in other blocks.
+    """
     parts = list(call.args[0]) if isinstance(call.args[0], relax.Tuple) else []
     images = [conv.images.get(part) for part in parts]
     if not parts or any(image is None or not image.packed for image in images) or not _static(call):
@@ -320,18 +332,28 @@ def _concat(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | No
     first = images[0]
     axis = int(call.attrs.axis) % len(call.ty.shape)
     block = Layout.parse(first.packed).block
-    same = all(i.packed == first.packed and i.logical == first.logical for i in images)
-    whole = all(image.channels % block == 0 for image in images[:-1])
-    if not same or not whole or axis != Layout.parse(first.logical).channel_axis:
+    channels = [image.channels for image in images]
+    same = all(image.logical == first.logical for image in images)
+    if not same or axis != Layout.parse(first.logical).channel_axis:
+        return None
+    layouts = [image.packed for image in images]
+    runs = all(count % 16 == 0 for count in channels[:-1]) and all(map(_is_written, layouts))
+    if runs and {str(part.ty.dtype) for part in parts} in ({"uint8"}, {"int8"}):
+        out = Layout.packed(activation_block(conv.feats, sum(channels)))
+        inputs = [conv.in_layout(p, layout) for p, layout in zip(parts, layouts, strict=True)]
+        new = op.concat(inputs, tuple(channels), out.block)
+        return new, Image(first.logical, sum(channels), {out.name: None})
+    whole = all(count % block == 0 for count in channels[:-1])
+    if not whole or any(layout != first.packed for layout in layouts):
         return None
     new = relax.op.concat([conv.in_layout(part, first.packed) for part in parts], axis=1)
-    channels = sum(image.channels for image in images)
-    return new, Image(first.logical, channels, {first.packed: None})
+    return new, Image(first.logical, sum(channels), {first.packed: None})
 
 
 # Elementwise operators under which a finite value stays finite.
 _FOLLOW = (
-    "topi_int8.add", "topi_int8.requantize", "relax.quantize", "relax.dequantize", "relax.nn.relu",
+    "topi_int8.add", "topi_int8.affine", "topi_int8.multiply", "topi_int8.requantize",
+    "relax.quantize", "relax.dequantize", "relax.nn.relu",
     "relax.nn.relu6", "relax.clip", "relax.add", "relax.subtract", "relax.multiply",
     "relax.maximum", "relax.minimum", "relax.sigmoid", "relax.tanh", "relax.nn.silu",
     "relax.nn.gelu", "relax.astype", "relax.negative", "relax.abs", "relax.right_shift",
@@ -344,6 +366,7 @@ _PER_TENSOR = ("topi_int8.add", "topi_int8.requantize", "relax.quantize", "relax
 _HANDLERS: dict[str, Handler] = {
     "topi_int8.conv2d": _conv2d,
     "topi_int8.avg_pool2d": _pool,
+    "topi_int8.lookup": _lookup,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
     "relax.concat": _concat,

@@ -26,7 +26,7 @@ from .. import op
 from ..layout import Layout
 from ..op import op_name, static_shape
 from ..workload import INT8_DTYPES
-from ._qdq_chain import Chain, ChainBook, Residual, clip_of, conv2d_attrs
+from ._qdq_chain import Chain, ChainBook, Residual, conv2d_attrs
 from ._qdq_emit import (
     accumulator_scale,
     average_window,
@@ -44,6 +44,7 @@ from ._qdq_values import (
     KernelLayout,
     QParams,
     View,
+    clip_of,
     fold_move,
     folds,
     moved_axis,
@@ -185,7 +186,7 @@ class QDQRules:
 
     def _clip(self, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         grown = self.book.extend_by_clip(var, call)
-        clip = clip_of(self.graph, call)
+        clip = clip_of(call, self.graph.array)
         view = self._view(clip[0]) if grown is None and clip is not None else None
         if view is not None and clip is not None:
             self._views[var] = view.clipped(clip[1])
@@ -432,7 +433,7 @@ class QDQRules:
         return through(value, out, bounds) if through is not None and is_static(value) else None
 
     def _quantized_clip(self, call: relax.Call, out: QParams, bounds: Bounds) -> relax.Expr | None:
-        clip = clip_of(self.graph, call)
+        clip = clip_of(call, self.graph.array)
         if clip is None:
             return None
         return self._as_integers(clip[0], out, narrow(clip[1], bounds))

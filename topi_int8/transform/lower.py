@@ -18,15 +18,19 @@ from tvm.ir import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm.target import Target
 
+from intrinsics import byte_lookup
+
 from .. import op, strategy
 from ..compute import elementwise, pack
 from ..compute.conv2d import PackedConv2d
 from ..compute.depthwise import PackedDepthwise
 from ..kernel import Blocks, Kernel, MatmulPacking
 from ..layout import Layout
+from ..schedule.concat import Concat
+from ..schedule.lookup import Lookup
 from ..strategy import Decision
 from ..target import Features, features
-from ..workload import INT8_DTYPES, with_known_bounds
+from ..workload import INT8_DTYPES, Epilogue, with_known_bounds
 from .convert_layout import ConvertLayout
 
 _OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
@@ -89,7 +93,10 @@ def is_nhwc(call: relax.Call) -> bool:
 
 
 # The operators; the method of the same name lowers each.
-_LOWERED = ("conv2d", "matmul", "add", "requantize", "avg_pool2d", "layout_transform")
+_LOWERED = (
+    "conv2d", "matmul", "add", "affine", "multiply", "requantize", "lookup", "avg_pool2d",
+    "concat", "layout_transform",
+)  # fmt: skip
 
 
 @mutator
@@ -124,8 +131,7 @@ class _Lowering(PyExprMutator):
         uses_amx = "amx" in decision.strategy
         kernel = decision.kernel(blocks, ask_permission=uses_amx and not self.asked_permission)
         self.asked_permission |= uses_amx
-        func = kernel.func.with_attr({"op_pattern": _OPAQUE}).without_attr("global_symbol")
-        return kernel, self.builder_.add_func(func, decision.strategy)
+        return kernel, self.builder_.add_func(self._ours(kernel.func), decision.strategy)
 
     def pack_operands(self, call: relax.Call, kernel: Kernel) -> list[Any]:
         """Return the packed [weight, (bias), (scale)] of a call."""
@@ -227,6 +233,63 @@ class _Lowering(PyExprMutator):
         return self.builder_.call_te(
             lambda a, b: elementwise.add(a, b, attrs), *call.args, primfunc_name_hint="qadd"
         )
+
+    def affine(self, call: relax.Call) -> Any:
+        """Lower a requantize with a scale and a bias a channel."""
+        attrs = op.attrs_of(call)
+        return self.builder_.call_te(
+            lambda x, scale, bias: elementwise.affine(x, scale, bias, attrs),
+            *call.args,
+            primfunc_name_hint="affine",
+        )
+
+    def multiply(self, call: relax.Call) -> Any:
+        """Lower a quantized product."""
+        attrs = op.attrs_of(call)
+        return self.builder_.call_te(
+            lambda a, b: elementwise.multiply(a, b, attrs),
+            *call.args,
+            primfunc_name_hint="qmultiply",
+        )
+
+    def lookup(self, call: relax.Call) -> Any:
+        """Lower a table lookup: its tensor is one row of bytes, whatever the layout."""
+        data, table = call.args
+        shape, dtype = op.shape_of(data), str(call.ty.dtype)
+        shuffle = byte_lookup.best(self.feats.arch, self.feats.llvm)
+        kernel = Lookup(math.prod(shape), str(data.ty.dtype), dtype, shuffle)
+        func = self.builder_.add_func(self._ours(kernel.schedule()), "lookup")
+        args = [
+            self.reshape(data, (kernel.size,)),
+            relax.const(kernel.pack_table(table.value.numpy())),
+        ]
+        out = relax.call_tir(func, args, out_ty=relax.TensorType((kernel.size,), dtype))
+        return relax.op.reshape(self.builder_.emit(out), shape)
+
+    def concat(self, call: relax.Call) -> Any:
+        """Lower a concat of packed tensors, and the affine in it."""
+        attrs = op.attrs_of(call)
+        parts = call.args[: len(attrs["channels"])]
+        n, _, h, w, _ = op.shape_of(parts[0])
+        epilogue = None
+        if attrs["affine"]:
+            fields = ("out_dtype", "out_zero_point", "clip_min", "clip_max")
+            epilogue = Epilogue(scale=True, **{k: attrs[k] for k in fields if k in attrs})
+        kernel = Concat(
+            n, h, w, attrs["channels"], tuple(op.shape_of(part)[-1] for part in parts),
+            attrs["out_block"], str(parts[0].ty.dtype), epilogue, attrs.get("zero_point", 0),
+        )  # fmt: skip
+        vectors = [
+            relax.const(vector.value.numpy().reshape(kernel.out_shape[1], kernel.out_block))
+            for vector in call.args[len(parts) :]
+        ]
+        func = self.builder_.add_func(self._ours(kernel.schedule()), "concat")
+        return relax.call_tir(func, [*parts, *vectors], out_ty=call.ty)
+
+    @staticmethod
+    def _ours(func: Any) -> Any:
+        """Return a scheduled function as one that FuseOps leaves alone."""
+        return func.with_attr({"op_pattern": _OPAQUE}).without_attr("global_symbol")
 
     def quantize(self, call: relax.Call) -> Any:
         """Lower ``relax.quantize`` by scalars, half to even; return other calls as they are.

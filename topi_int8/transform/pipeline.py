@@ -13,6 +13,8 @@ from tvm.target import Target
 from ..target import features
 from .convert_layout import ConvertLayout
 from .fold_batch_norm import FoldBatchNorm
+from .fuse_concat import FuseConcat
+from .fuse_elementwise import FuseElementwise
 from .fuse_float import FuseFloat
 from .fuse_qdq import FuseQDQ
 from .lower import Lower
@@ -23,8 +25,8 @@ from .sign_activations import SignActivations
 def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.Pass]:
     """Return the passes from a user's graph to topi_int8 operators in the kernels' layouts."""
     return [
-        FoldBatchNorm(), SignActivations(target), FuseQDQ(), FuseFloat(),
-        ConvertLayout(target, layout),
+        FoldBatchNorm(), SignActivations(target), FuseElementwise(), FuseQDQ(), FuseFloat(),
+        ConvertLayout(target, layout), FuseConcat(),
     ]  # fmt: skip
 
 
