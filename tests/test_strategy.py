@@ -364,8 +364,22 @@ def test_the_proof_is_tight():
 @pytest.mark.parametrize("isa", ISAS)
 def test_batched_matmul_takes_any_k(isa, k):
     """An odd k of a batch, whose rows no channel block can fill up outside, is widened inside."""
-    work = MatmulWorkload(4, 24, k, batch=3, weight_constant=False)
+    work = MatmulWorkload(5, 24, k, batch=3, weight_constant=False)
     assert strategy.matmul(work, isa_target(isa)).strategy == f"matmul_{isa}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "wins"),
+    [(1, {}, "avx512_vnni"), (4, {}, "avx512_vnni"), (5, {}, "amx_int8"),
+     (1, {"weight_dtype": "uint8"}, "amx_int8")],
+)  # fmt: skip
+def test_few_rows_leave_tiles_alone(rows, more, wins):
+    """Unless vpdpbusd does not take the weights."""
+    decision = strategy.matmul(MatmulWorkload(rows, 64, 64, **more), isa_target("amx_int8"))
+    assert decision.strategy == f"matmul_{wins}"
+    if wins != "amx_int8":
+        reason = f"{rows} rows: vpdpbusd reads weights faster than tiles do"
+        assert dict(decision.declined)["matmul_amx_int8"] == reason
 
 
 def test_kernels_do_not_depend_on_the_weights_range():
