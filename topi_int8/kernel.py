@@ -21,7 +21,7 @@ from .compute.conv2d import PackedConv2d, window_taps
 from .compute.depthwise import PackedDepthwise
 from .compute.winograd import PackedWinograd
 from .layout import Layout, round_up
-from .schedule import arm, spatial_pack, winograd, x86_amx, x86_depthwise
+from .schedule import arm, spatial_pack, winograd, x86_amx, x86_depthwise, x86_dot
 from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
 from .workload import Conv2dWorkload, MatmulWorkload
@@ -242,9 +242,12 @@ def _spatial_pack(
         kw_inside=uops == 1, out_store=blocks.stored,
     )  # fmt: skip
     per_group = packing.out_blocks // packing.super_groups
+    stated = uops == 1 and intrinsic is not None and not blocks.plain
     tile, ow_padded = spatial_pack.choose_tile(
-        conv_work.oh, conv_work.ow, per_group, out_block // lanes, registers, uops
+        conv_work.oh, conv_work.ow, per_group, out_block // lanes, registers, uops, not stated
     )
+    if stated:
+        return _kernel(work, blocks, x86_dot.DotPlan(packing, tile, intrinsic))
     packing = replace(packing, ow_padded=ow_padded)
     return _kernel(work, blocks, spatial_pack.SpatialPack(packing, tile, intrinsic))
 

@@ -39,7 +39,7 @@ class Tile:
 
 
 def choose_tile(
-    oh: int, ow: int, out_blocks: int, vectors: int, registers: int, uops: int
+    oh: int, ow: int, out_blocks: int, vectors: int, registers: int, uops: int, crops: bool = True
 ) -> tuple[Tile, int]:
     """Choose the register tile and the padded output width by a cost rule.
 
@@ -62,6 +62,8 @@ def choose_tile(
         Vector registers of the ISA.
     uops : int
         Vector operations of one dot product.
+    crops : bool
+        Whether surplus columns are cropped, or else computed twice.
 
     Returns
     -------
@@ -85,7 +87,7 @@ def choose_tile(
                         break
                     padded = -(-ow // width) * width
                     cost = uops + 0.5 / total + 2 / tile.pixels
-                    cost *= padded / ow * (1.0 if padded == ow else 1.05)
+                    cost *= padded / ow * (1.05 if crops and padded != ow else 1.0)
                     cost *= max(1.0, 10 / tile.accumulators) ** 0.5
                     # Wide tiles over tall ones: their loads are closer together.
                     cost *= 1 + 0.002 * height

@@ -1,0 +1,330 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""Convolution by vpdpbusd: `spatial_pack`'s register tile, written as statements.
+
+What statements can do and the scheduled computation cannot: sums start from the bias; four vectors
+of them are requantized and narrowed together and stored as one line (`intrinsics.x86_narrow`); the
+last tile of a row begins earlier instead of ending later, so that nothing is cropped; and weights
+of the next channels are fetched ahead where few pixels use them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import te
+
+from intrinsics import compat, x86_amx
+from intrinsics.compat import i32, loop, sequence, tir
+from intrinsics.x86_dot import DotIntrinsic
+from intrinsics.x86_narrow import WORDS, narrowed
+from intrinsics.x86_rows import vpdpbusd
+
+from ..compute.conv2d import PackedConv2d, declare, pad_stage
+from ..compute.epilogue import apply, real_value
+from ..workload import INT8_DTYPES
+from .spatial_pack import Tile
+from .stages import copy_stage, rows_per_task
+
+# Tiles of an image up to which a group's weights are used so seldom that reading them shows.
+FEW_TILES = 16
+
+
+@dataclass(frozen=True)
+class DotPlan:
+    """A packed convolution and its register tile.
+
+    Parameters
+    ----------
+    conv : PackedConv2d
+        With ``ow_padded`` the output's own width.
+    tile : Tile
+        No wider than the output; its height divides the output's.
+    intrinsic : DotIntrinsic
+        vpdpbusd, on 8 or 16 lanes.
+    """
+
+    conv: PackedConv2d
+    tile: Tile
+    intrinsic: DotIntrinsic
+
+    @property
+    def tiles_w(self) -> int:
+        """Tiles of an output row; the last may overlap the one before."""
+        return -(-self.conv.work.ow // self.tile.width)
+
+    @property
+    def tiles_h(self) -> int:
+        """Rows of tiles."""
+        return self.conv.work.oh // self.tile.height
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(groups of channel blocks, groups of vectors in one) that tiles take."""
+        vectors = self.conv.out_block // self.conv.lanes
+        return self.conv.out_blocks // self.tile.blocks, vectors // self.tile.vectors
+
+    @property
+    def prefetches(self) -> int:
+        """Lines of the next group's weights that a step of a tile asks for; 0: none."""
+        tiles = self.tiles_w * self.tiles_h
+        return -(-self.tile.blocks * self.tile.vectors // tiles) if tiles <= FEW_TILES else 0
+
+    def schedule(self) -> Any:
+        """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
+        conv = self.conv
+        data, weight, operands = declare(conv)
+        source, copies = (pad_stage(conv, data), ["pad"]) if conv.needs_pad else (data, [])
+
+        def emit(ins: list[Any], outs: list[Any]) -> Any:
+            present = iter(ins[2:])
+            given = (operands.bias, operands.scale, operands.residual)
+            bias, scale, residual = (None if t is None else next(present) for t in given)
+            return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
+
+        inputs = [source, weight, *operands.present]
+        shape = (*conv.out_shape[:-1], conv.out_block)
+        full = te.extern(shape, inputs, emit, name="out", dtype=conv.work.epilogue.out_dtype)
+        out = full
+        if conv.crops:
+            out = te.compute(conv.out_shape, lambda *at: full[at], name="crop")
+            copies.append("crop")
+        func = te.create_prim_func([data, weight, *operands.present, out])
+        if copies:
+            sch = compat.Schedule(func)
+            for name in copies:
+                copy_stage(sch, compat.get_block(sch, name))
+            func = sch.mod["main"]
+        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tile lies: its image, first channel block, channel in it, row and column."""
+
+    n: Any
+    ob: Any
+    channel: Any
+    y: Any
+    x: Any
+    number: Any  # of the tile in its image
+
+
+class _Emitter:
+    """The statements of one kernel."""
+
+    def __init__(
+        self, plan: DotPlan, source: Any, weight: Any, bias: Any, scale: Any, residual: Any,
+        out: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.conv, self.tile = plan, plan.conv, plan.tile
+        self.source, self.weight, self.out = source, weight, out
+        self.bias, self.scale, self.residual = bias, scale, residual
+        self.lanes = plan.intrinsic.n
+        self.vectors = [(b, v) for b in range(self.tile.blocks) for v in range(self.tile.vectors)]
+        self.pixels = [(y, x) for y in range(self.tile.height) for x in range(self.tile.width)]
+        # One buffer a pixel: together they would be too large for TVM to leave them on the stack.
+        self.sums = [
+            tir.decl_buffer((len(self.vectors), self.lanes), "int32", f"sums{number}")
+            for number in range(len(self.pixels))
+        ]
+
+    def statement(self) -> Any:
+        """Return the parallel loop over images, channels and shares of the rows."""
+        plan, conv, tile = self.plan, self.conv, self.tile
+        blocks, parts = plan.groups
+        whole = rows_per_task(conv.work.n * blocks * parts, plan.tiles_h)
+        shares = plan.tiles_h // whole
+        task, row, column = (tir.Var(name, "int32") for name in ("task", "row", "column"))
+        rest, share = tir.floordiv(task, i32(shares)), tir.floormod(task, i32(shares))
+        rest, part = tir.floordiv(rest, i32(parts)), tir.floormod(rest, i32(parts))
+        at_row = share * whole + row
+        at = _Place(
+            tir.floordiv(rest, i32(blocks)),
+            tir.floormod(rest, i32(blocks)) * tile.blocks,
+            part * (tile.vectors * self.lanes),
+            at_row * tile.height,
+            tir.min(column * tile.width, i32(conv.work.ow - tile.width)),
+            at_row * plan.tiles_w + column,
+        )
+        tiles = loop(row, whole, [loop(column, plan.tiles_w, self._tile(at))])
+        tasks = conv.work.n * blocks * parts * shares
+        block = compat.Block([], [], [], "task", tiles, None, self.sums, [], {})
+        inner = [compat.BlockRealize([], True, block)]
+        return loop(task, tasks, inner, parallel=tasks > 1)
+
+    def _tile(self, at: _Place) -> list[Any]:
+        conv = self.conv
+        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
+        steps = (("kh", conv.taps_h), *taps, ("ik", conv.step_block // conv.k))
+        place = {name: tir.Var(name, "int32") for name, _ in steps}
+        body = self._step(at, place)
+        for name, extent in reversed(steps):
+            body = [loop(place[name], extent, body)]
+        return [*self._start(at), *body, *self._outputs(at)]
+
+    # ------------------------------------------------------------ sums
+
+    def _sum(self, pixel: int, vector: int) -> list[Any]:
+        return [i32(vector), tir.Ramp(i32(0), i32(1), self.lanes)]
+
+    def _operand(self, operand: Any, at: _Place, vector: int) -> Any:
+        """Return a vector of the bias or the scale."""
+        b, v = self.vectors[vector]
+        channel = tir.Ramp(at.channel + v * self.lanes, i32(1), self.lanes)
+        return tir.BufferLoad(operand, [at.ob + b, channel])
+
+    def _start(self, at: _Place) -> list[Any]:
+        stmts = []
+        for vector in range(len(self.vectors)):
+            value = tir.Broadcast(i32(0), self.lanes)
+            if self.bias is not None:
+                value = self._operand(self.bias, at, vector)
+            stmts += [
+                tir.BufferStore(self.sums[pixel], value, self._sum(pixel, vector))
+                for pixel in range(len(self.pixels))
+            ]
+        return stmts
+
+    def _step(self, at: _Place, place: dict[str, Any]) -> list[Any]:
+        """Return the products of `k` channels of a tap."""
+        plan, conv, stmts = self.plan, self.conv, []
+        for j in range(plan.prefetches):
+            total = len(self.vectors)
+            vector = tir.min(at.number * plan.prefetches + j, i32(total - 1)) + total
+            stmts.append(x86_amx.prefetch(self._weight(at, place, vector, i32(0))))
+        weights = []
+        for vector, (b, v) in enumerate(self.vectors):
+            own = i32(b * (conv.out_block // self.lanes) + v)
+            lanes = tir.Ramp(i32(0), i32(1), self.lanes * conv.k)
+            weights.append(tir.Var(f"weight{vector}", f"int8x{self.lanes * conv.k}"))
+            stmts.append(tir.Bind(weights[-1], self._weight(at, place, own, lanes)))
+        for pixel, offset in enumerate(self.pixels):
+            word = tir.reinterpret("int32", self._data(at, place, *offset))
+            data = tir.Var("data", f"uint8x{self.lanes * conv.k}")
+            spread = tir.Broadcast(word, self.lanes)
+            stmts.append(tir.Bind(data, tir.reinterpret(f"uint8x{self.lanes * conv.k}", spread)))
+            for vector, weight in enumerate(weights):
+                where = self._sum(pixel, vector)
+                total = vpdpbusd(tir.BufferLoad(self.sums[pixel], where), data, weight)
+                stmts.append(tir.BufferStore(self.sums[pixel], total, where))
+        return stmts
+
+    def _weight(self, at: _Place, place: dict[str, Any], vector: Any, lanes: Any) -> Any:
+        """Return weights of the vector that is so many behind the tile's first."""
+        taps = self.conv.ordered(place["kw"], place["cb"])
+        first = at.ob * (self.conv.out_block // self.lanes)
+        first += tir.floordiv(at.channel, i32(self.lanes))
+        index = [first + vector, place["kh"], *taps, place["ik"], i32(0), lanes]
+        return tir.BufferLoad(self.weight, index)
+
+    def _data(self, at: _Place, place: dict[str, Any], y: int, x: int) -> Any:
+        """Return the `k` channels of a pixel that a step multiplies."""
+        conv, work = self.conv, self.conv.work
+        (sh, sw), (dh, dw) = work.strides, work.dilation
+        row = (at.y + y) * sh + place["kh"] * dh
+        channel = tir.Ramp(place["ik"] * conv.k, i32(1), conv.k)
+        if conv.window:
+            start = (at.x + x) * (sw * conv.in_block) + place["ik"] * conv.k
+            return tir.BufferLoad(
+                self.source, [at.n, i32(0), row, tir.Ramp(start, i32(1), conv.k)]
+            )
+        column = (at.x + x) * sw + place["kw"] * dw
+        block = conv.first_in_block(at.ob) + place["cb"]
+        return tir.BufferLoad(self.source, [at.n, block, row, column, channel])
+
+    # ------------------------------------------------------------ outputs
+
+    def _outputs(self, at: _Place) -> list[Any]:
+        """Return what makes outputs of the sums, up to four vectors at a time."""
+        stmts, scales = [], []
+        for vector in range(len(self.vectors) if self.scale is not None else 0):
+            scales.append(tir.Var(f"scale{vector}", f"float32x{self.lanes}"))
+            stmts.append(tir.Bind(scales[-1], self._operand(self.scale, at, vector)))
+        own, width = self.tile.vectors, self.tile.width
+        for b in range(self.tile.blocks):
+            for y in range(self.tile.height):
+                x = 0
+                while x < width:
+                    count = max(c for c in (1, 2, 4) if c * own <= max(4, own) and c <= width - x)
+                    pixels = [y * width + x + i for i in range(count)]
+                    stmts += self._patch(at, b, pixels, scales)
+                    x += count
+        return stmts
+
+    def _patch(self, at: _Place, b: int, pixels: list[int], scales: list[Any]) -> list[Any]:
+        """Return the outputs of neighbouring pixels in the tile's channels of a block."""
+        epi, own = self.conv.work.epilogue, self.tile.vectors
+        narrows = epi.out_dtype in INT8_DTYPES
+        pieces = [(pixel, v) for pixel in pixels for v in range(own)]
+        values = []
+        for pixel, v in pieces:
+            vector = b * own + v
+            total = tir.BufferLoad(self.sums[pixel], self._sum(pixel, vector))
+            scale = scales[vector] if scales else None
+            residual = self._residual(at, b, pixel, v)
+            if narrows:
+                values.append(real_value(epi, total, scale, residual))
+            else:
+                values.append(apply(epi, total, None, scale, residual))
+        if not narrows:
+            return [
+                tir.BufferStore(self.out, value, self._where(at, b, pixel, v, self.lanes))
+                for (pixel, v), value in zip(pieces, values, strict=True)
+            ]
+        stmts = []
+        for start in range(0, len(pieces), 4):
+            stmts += self._narrow(at, b, pieces[start : start + 4], values[start : start + 4])
+        return stmts
+
+    def _narrow(
+        self, at: _Place, b: int, pieces: list[tuple[int, int]], values: list[Any]
+    ) -> list[Any]:
+        """Return the stores of one, two or four vectors, neighbours in memory as far as they are.
+        """
+        if len(values) == 3:
+            return self._narrow(at, b, pieces[:2], values[:2]) + self._narrow(
+                at, b, pieces[2:], values[2:]
+            )
+        epi = self.conv.work.epilogue
+        low, high = (int(bound) for bound in epi.bounds())
+        ends = (epi.out_zero_point, low, high)
+        words = narrowed(values, epi.out_dtype, *ends, epi.bounded, converts=True)
+        packed = tir.Var("words", compat.dtype_of(words))
+        stmts = [tir.Bind(packed, words)]
+        order = [word for word in WORDS if word < self.lanes]
+        quarter = self.lanes // 4  # words of a vector
+        # Whole blocks of neighbouring pixels are one run of bytes, else each pixel's vectors.
+        dense = self.tile.vectors * self.lanes == self.conv.out_block
+        runs = [pieces] if dense else _runs(pieces)
+        first = 0
+        for run in runs:
+            words_of = order[first * quarter : (first + len(run)) * quarter]
+            row = tir.Shuffle([packed], [i32(word) for word in words_of])
+            count = len(run) * self.lanes
+            row = tir.reinterpret(f"{epi.out_dtype}x{count}", row)
+            stmts.append(tir.BufferStore(self.out, row, self._where(at, b, *run[0], count)))
+            first += len(run)
+        return stmts
+
+    def _where(self, at: _Place, b: int, pixel: int, v: int, count: int) -> list[Any]:
+        y, x = self.pixels[pixel]
+        channel = tir.Ramp(at.channel + v * self.lanes, i32(1), count)
+        return [at.n, at.ob + b, at.y + y, at.x + x, channel]
+
+    def _residual(self, at: _Place, b: int, pixel: int, v: int) -> Any:
+        if self.residual is None:
+            return None
+        *index, channel = self._where(at, b, pixel, v, self.lanes)
+        if self.conv.crops:  # the surplus of the last block is not stored
+            channel = tir.min(channel, i32(self.conv.out_store - 1))
+        return tir.BufferLoad(self.residual, [*index, channel])
+
+
+def _runs(pieces: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Return (pixel, vector) split by pixel."""
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for pixel, v in pieces:
+        runs.setdefault(pixel, []).append((pixel, v))
+    return list(runs.values())
