@@ -1,15 +1,17 @@
 # Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
 # Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
-"""Convolution by vpdpbusd: `spatial_pack`'s register tile, written as statements.
+"""Convolution by vpdpbusd or vpmaddubsw: `spatial_pack`'s register tile, written as statements.
 
 What statements can do and the scheduled computation cannot: sums start from the bias; four vectors
 of them are requantized and narrowed together and stored as one line (`intrinsics.x86_narrow`); the
-last tile of a row begins earlier instead of ending later, so that nothing is cropped; and weights
-of the next channels are fetched ahead where few pixels use them.
+last tile of a row begins earlier instead of ending later, so that nothing is cropped; a 1x1
+convolution's image is one row; and weights of the next channels are fetched ahead where few pixels
+use them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +21,24 @@ from intrinsics import compat, x86_amx
 from intrinsics.compat import i32, loop, sequence, tir
 from intrinsics.x86_dot import DotIntrinsic
 from intrinsics.x86_narrow import WORDS, narrowed
-from intrinsics.x86_rows import vpdpbusd
+from intrinsics.x86_rows import ROW_PRODUCTS
 
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, real_value
-from ..workload import INT8_DTYPES
+from ..workload import INT8_DTYPES, Conv2dWorkload
 from .spatial_pack import Tile
-from .stages import copy_stage, rows_per_task
+from .stages import TASKS, copy_stage
 
 # Tiles of an image up to which a group's weights are used so seldom that reading them shows.
 FEW_TILES = 16
+
+
+def pixels_of(work: Conv2dWorkload) -> tuple[int, int]:
+    """Return (rows, columns) of the output as tiles see it: one row where pixels are neighbours in
+    the data, too.
+    """
+    pointwise = (work.kh, work.kw, *work.strides, *work.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+    return (1, work.oh * work.ow) if pointwise else (work.oh, work.ow)
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,9 @@ class DotPlan:
     conv : PackedConv2d
         With ``ow_padded`` the output's own width.
     tile : Tile
-        No wider than the output; its height divides the output's.
+        No wider than `pixels_of` says; its height divides the height.
     intrinsic : DotIntrinsic
-        vpdpbusd, on 8 or 16 lanes.
+        Of 8 bits, on 8 or 16 lanes.
     """
 
     conv: PackedConv2d
@@ -50,14 +60,26 @@ class DotPlan:
     intrinsic: DotIntrinsic
 
     @property
-    def tiles_w(self) -> int:
-        """Tiles of an output row; the last may overlap the one before."""
-        return -(-self.conv.work.ow // self.tile.width)
+    def columns(self) -> int:
+        """Pixels of a row that tiles share out."""
+        return pixels_of(self.conv.work)[1]
 
     @property
-    def tiles_h(self) -> int:
-        """Rows of tiles."""
-        return self.conv.work.oh // self.tile.height
+    def tiles_w(self) -> int:
+        """Tiles of a row; the last may overlap the one before."""
+        return -(-self.columns // self.tile.width)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of an image."""
+        return pixels_of(self.conv.work)[0] // self.tile.height * self.tiles_w
+
+    @property
+    def share(self) -> int:
+        """Tiles of a task."""
+        tasks = self.conv.work.n * math.prod(self.groups)
+        shares = min(self.tiles, -(-TASKS // tasks))
+        return -(-self.tiles // shares)
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -68,8 +90,8 @@ class DotPlan:
     @property
     def prefetches(self) -> int:
         """Lines of the next group's weights that a step of a tile asks for; 0: none."""
-        tiles = self.tiles_w * self.tiles_h
-        return -(-self.tile.blocks * self.tile.vectors // tiles) if tiles <= FEW_TILES else 0
+        vectors = self.tile.blocks * self.tile.vectors
+        return -(-vectors // self.tiles) if self.tiles <= FEW_TILES else 0
 
     def schedule(self) -> Any:
         """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
@@ -122,6 +144,7 @@ class _Emitter:
         self.source, self.weight, self.out = source, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
         self.lanes = plan.intrinsic.n
+        self.product = ROW_PRODUCTS[plan.intrinsic.mnemonic].add
         self.vectors = [(b, v) for b in range(self.tile.blocks) for v in range(self.tile.vectors)]
         self.pixels = [(y, x) for y in range(self.tile.height) for x in range(self.tile.width)]
         # One buffer a pixel: together they would be too large for TVM to leave them on the stack.
@@ -134,21 +157,21 @@ class _Emitter:
         """Return the parallel loop over images, channels and shares of the rows."""
         plan, conv, tile = self.plan, self.conv, self.tile
         blocks, parts = plan.groups
-        whole = rows_per_task(conv.work.n * blocks * parts, plan.tiles_h)
-        shares = plan.tiles_h // whole
-        task, row, column = (tir.Var(name, "int32") for name in ("task", "row", "column"))
+        shares = -(-plan.tiles // plan.share)
+        task, each, number = (tir.Var(name, "int32") for name in ("task", "each", "tile"))
         rest, share = tir.floordiv(task, i32(shares)), tir.floormod(task, i32(shares))
+        row, column = tir.floordiv(number, i32(plan.tiles_w)), tir.floormod(number, i32(plan.tiles_w))
         rest, part = tir.floordiv(rest, i32(parts)), tir.floormod(rest, i32(parts))
-        at_row = share * whole + row
         at = _Place(
             tir.floordiv(rest, i32(blocks)),
             tir.floormod(rest, i32(blocks)) * tile.blocks,
             part * (tile.vectors * self.lanes),
-            at_row * tile.height,
-            tir.min(column * tile.width, i32(conv.work.ow - tile.width)),
-            at_row * plan.tiles_w + column,
+            row * tile.height,
+            tir.min(column * tile.width, i32(plan.columns - tile.width)),
+            number,
         )
-        tiles = loop(row, whole, [loop(column, plan.tiles_w, self._tile(at))])
+        body = [tir.Bind(number, share * plan.share + each), *self._tile(at)]
+        tiles = loop(each, tir.min(i32(plan.share), plan.tiles - share * plan.share), body)
         tasks = conv.work.n * blocks * parts * shares
         block = compat.Block([], [], [], "task", tiles, None, self.sums, [], {})
         inner = [compat.BlockRealize([], True, block)]
@@ -207,7 +230,7 @@ class _Emitter:
             stmts.append(tir.Bind(data, tir.reinterpret(f"uint8x{self.lanes * conv.k}", spread)))
             for vector, weight in enumerate(weights):
                 where = self._sum(pixel, vector)
-                total = vpdpbusd(tir.BufferLoad(self.sums[pixel], where), data, weight)
+                total = self.product(tir.BufferLoad(self.sums[pixel], where), data, weight)
                 stmts.append(tir.BufferStore(self.sums[pixel], total, where))
         return stmts
 
