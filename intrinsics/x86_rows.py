@@ -78,7 +78,8 @@ _MADDUBSW = {16: "avx512.pmaddubs.w.512", 8: "avx2.pmadd.ub.sw", 4: "ssse3.pmadd
 _MADDWD = {16: "avx512.pmaddw.d.512", 8: "avx2.pmadd.wd", 4: "sse2.pmadd.wd"}
 
 
-def _maddwd(acc: Any, a: Any, b: Any) -> Any:
+def maddwd(acc: Any, a: Any, b: Any) -> Any:
+    """Return ``acc[i] + a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]`` for int16 vectors."""
     lanes = _length(acc)
     return acc + pure_call(f"llvm.x86.{_MADDWD[lanes]}", f"int32x{lanes}", a, b)
 
@@ -88,7 +89,7 @@ def vpmaddubsw(acc: Any, data: Any, weight: Any) -> Any:
     lanes = _length(acc)
     name = f"llvm.x86.{_MADDUBSW[lanes]}"
     pairs = pure_call(name, f"int16x{2 * lanes}", data, weight)
-    return _maddwd(acc, pairs, tir.Broadcast(tir.const(1, "int16"), 2 * lanes))
+    return maddwd(acc, pairs, tir.Broadcast(tir.const(1, "int16"), 2 * lanes))
 
 
 def vpmaddwd(acc: Any, data: Any, even: Any, odd: Any) -> Any:
@@ -98,8 +99,8 @@ def vpmaddwd(acc: Any, data: Any, even: Any, odd: Any) -> Any:
     low = words & tir.Broadcast(tir.const(255, "int16"), 2 * lanes)
     high = tir.reinterpret(f"uint16x{2 * lanes}", data)
     high = high >> tir.Broadcast(tir.const(8, "uint16"), 2 * lanes)
-    acc = _maddwd(acc, low, even)
-    return _maddwd(acc, tir.reinterpret(f"int16x{2 * lanes}", high), odd)
+    acc = maddwd(acc, low, even)
+    return maddwd(acc, tir.reinterpret(f"int16x{2 * lanes}", high), odd)
 
 
 def _whole(tile: Any) -> list[Any]:

@@ -242,7 +242,7 @@ def _spatial_pack(
         kw_inside=uops == 1, out_store=blocks.stored,
     )  # fmt: skip
     per_group = packing.out_blocks // packing.super_groups
-    stated = intrinsic is not None and intrinsic.k == 4 and not blocks.plain
+    stated = intrinsic is not None and not blocks.plain
     pixels = x86_dot.pixels_of(conv_work) if stated else (conv_work.oh, conv_work.ow)
     tile, ow_padded = spatial_pack.choose_tile(
         *pixels, per_group, out_block // lanes, registers, uops, not stated

@@ -18,10 +18,10 @@ from typing import Any
 from tvm import te
 
 from intrinsics import compat, x86_amx
-from intrinsics.compat import i32, loop, sequence, tir
+from intrinsics.compat import i32, loop, tir
 from intrinsics.x86_dot import DotIntrinsic
 from intrinsics.x86_narrow import WORDS, narrowed
-from intrinsics.x86_rows import ROW_PRODUCTS
+from intrinsics.x86_rows import maddwd, vpdpbusd, vpmaddubsw
 
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, real_value
@@ -29,6 +29,7 @@ from ..workload import INT8_DTYPES, Conv2dWorkload
 from .spatial_pack import Tile
 from .stages import TASKS, copy_stage
 
+PRODUCTS = {"vpdpbusd": vpdpbusd, "vpmaddubsw": vpmaddubsw, "vpmaddwd": maddwd}
 # Tiles of an image up to which a group's weights are used so seldom that reading them shows.
 FEW_TILES = 16
 
@@ -52,7 +53,7 @@ class DotPlan:
     tile : Tile
         No wider than `pixels_of` says; its height divides the height.
     intrinsic : DotIntrinsic
-        Of 8 bits, on 8 or 16 lanes.
+        On 8 or 16 lanes.
     """
 
     conv: PackedConv2d
@@ -144,7 +145,11 @@ class _Emitter:
         self.source, self.weight, self.out = source, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
         self.lanes = plan.intrinsic.n
-        self.product = ROW_PRODUCTS[plan.intrinsic.mnemonic].add
+        self.product = PRODUCTS[plan.intrinsic.mnemonic]
+        count = self.lanes * plan.intrinsic.k
+        self.data_type, self.weight_type = (
+            f"{dtype}x{count}" for dtype in (plan.intrinsic.a, plan.intrinsic.b)
+        )
         self.vectors = [(b, v) for b in range(self.tile.blocks) for v in range(self.tile.vectors)]
         self.pixels = [(y, x) for y in range(self.tile.height) for x in range(self.tile.width)]
         # One buffer a pixel: together they would be too large for TVM to leave them on the stack.
@@ -221,13 +226,13 @@ class _Emitter:
         for vector, (b, v) in enumerate(self.vectors):
             own = i32(b * (conv.out_block // self.lanes) + v)
             lanes = tir.Ramp(i32(0), i32(1), self.lanes * conv.k)
-            weights.append(tir.Var(f"weight{vector}", f"int8x{self.lanes * conv.k}"))
+            weights.append(tir.Var(f"weight{vector}", self.weight_type))
             stmts.append(tir.Bind(weights[-1], self._weight(at, place, own, lanes)))
         for pixel, offset in enumerate(self.pixels):
             word = tir.reinterpret("int32", self._data(at, place, *offset))
-            data = tir.Var("data", f"uint8x{self.lanes * conv.k}")
+            data = tir.Var("data", self.data_type)
             spread = tir.Broadcast(word, self.lanes)
-            stmts.append(tir.Bind(data, tir.reinterpret(f"uint8x{self.lanes * conv.k}", spread)))
+            stmts.append(tir.Bind(data, tir.reinterpret(self.data_type, spread)))
             for vector, weight in enumerate(weights):
                 where = self._sum(pixel, vector)
                 total = self.product(tir.BufferLoad(self.sums[pixel], where), data, weight)

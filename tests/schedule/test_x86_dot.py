@@ -1,0 +1,101 @@
+"""x86_dot.py: what statements add to the register tile; `test_spatial_pack` has the whole grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.grid import EPILOGUES, conv
+from tests.kernels import Assembly, build, check, decide
+from topi_int8.kernel import Blocks
+from topi_int8.schedule.spatial_pack import SpatialPack
+from topi_int8.schedule.stages import TASKS
+from topi_int8.schedule.x86_dot import FEW_TILES, DotPlan, pixels_of
+from topi_int8.workload import MatmulWorkload
+
+U8, S8 = EPILOGUES["u8_bounded"], EPILOGUES["s8_bounded"]
+SAME = (1, 1, 1, 1)
+ISAS = ("avx2", "avx_vnni", "avx512_bw", "avx512_vnni")
+each_isa = pytest.mark.parametrize("isa", ISAS)
+# Widths that tiles do not divide, with each kind of output; one row of pixels; few pixels.
+PATHS = {
+    "odd_width": conv(20, (5, 29), 33, (3, 3), padding=SAME, epilogue=U8),
+    "odd_width_residual": conv(20, (5, 31), 33, (3, 3), padding=SAME, epilogue=S8),
+    "odd_width_int32": conv(20, (5, 29), 33, (3, 3), padding=SAME),
+    "strided": conv(32, (9, 27), 48, (1, 1), strides=(2, 2), epilogue=U8),
+    "pointwise_7x7": conv(64, (7, 7), 96, epilogue=S8),
+    "pointwise_13x11": conv(64, (13, 11), 17, n=3, epilogue=U8),
+    "pointwise_1x1": conv(64, (1, 1), 80, epilogue=U8),
+    "grouped": conv(64, (7, 7), 64, (3, 3), groups=4, padding=SAME, epilogue=U8),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("name", PATHS)
+def test_paths(name, isa):
+    built = check(PATHS[name], isa)
+    assert isinstance(built.kernel.plan, DotPlan)
+
+
+@each_isa
+@pytest.mark.parametrize("block", [32, 64])
+def test_blocks_of_the_neighbours(block, isa):
+    """More vectors in a block than a tile takes: its bytes are stored in pieces."""
+    check(conv(70, (6, 7), 70, (3, 3), padding=SAME, epilogue=S8), isa, blocks=Blocks(block, block))
+
+
+@each_isa
+@pytest.mark.parametrize("n", [16, 40, 100, 1000])
+def test_matmuls(n, isa):
+    for rows in (1, 3, 29):
+        check(MatmulWorkload(rows, n, 36, epilogue=U8), isa)
+
+
+def test_nothing_is_cropped_or_converted_one_by_one():
+    """A width that no tile divides; outputs leave as whole lines, four vectors narrowed at once."""
+    work = conv(64, (29, 29), 64, (3, 3), padding=SAME, epilogue=U8, weight_range=(-127, 127))
+    built = build(work, "avx512_vnni")
+    assert 29 % built.kernel.plan.tile.width and "crop" not in str(built.kernel.func)
+    found = Assembly.of(built.library).mnemonics()
+    assert found["vpmovdb"] == found["vpmovusdb"] == 0
+    assert found["vpackuswb"] >= found["vpackssdw"] / 2 > 0
+
+
+def test_relay_keeps_the_scheduled_computation():
+    work = conv(64, (14, 14), 64, (3, 3), padding=SAME)
+    plain = decide(work, "avx512_vnni").kernel(Blocks(16, 16, plain=True))
+    assert isinstance(plain.plan, SpatialPack)
+
+
+def test_pixels_of_a_pointwise_convolution_are_one_row():
+    pointwise = conv(16, (7, 9), 16)
+    assert pixels_of(pointwise) == (1, 63)
+    for change in (
+        {"kh": 2, "ih": 8}, {"strides": (2, 1)}, {"strides": (1, 2)}, {"padding": (0, 1, 0, 0)},
+    ):  # fmt: skip
+        other = replace(pointwise, **change)
+        assert pixels_of(other) == (other.oh, other.ow)
+
+
+@given(st.integers(1, 4), st.integers(1, 60), st.integers(1, 60), st.sampled_from([16, 100, 2048]))
+def test_tasks_share_out_all_tiles(n, ih, iw, oc):
+    plan = decide(conv(16, (ih, iw), oc, (3, 3), n=n, padding=SAME), "avx512_vnni").kernel().plan
+    blocks, parts = plan.groups
+    shares = -(-plan.tiles // plan.share)
+    assert (shares - 1) * plan.share < plan.tiles <= shares * plan.share
+    tasks = n * blocks * parts
+    assert tasks * shares >= min(TASKS, tasks * plan.tiles) / 2
+
+
+def test_weights_are_fetched_ahead_where_few_tiles_use_them():
+    few, many = (
+        conv(64, (size, size), 512, (3, 3), padding=SAME) for size in (7, FEW_TILES * 4)
+    )
+    assert decide(few, "avx512_vnni").kernel().plan.prefetches == 1
+    assert decide(many, "avx512_vnni").kernel().plan.prefetches == 0
+    one = decide(MatmulWorkload(1, 1024, 64), "avx512_vnni").kernel().plan
+    assert one.prefetches == one.tile.blocks * one.tile.vectors
+    assert Assembly.of(build(few, "avx512_vnni").library).mnemonics()["prefetcht1"] > 0
