@@ -14,7 +14,7 @@ import tvm
 from tvm import ir, relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-# Asking costs a call of the VM (0.2 us) each run: not worth it for biases and multipliers.
+# Asking costs a call of the VM each run (under 0.4 us): not worth it for biases and multipliers.
 MIN_BYTES = 16 * 1024
 _GET = "vm.builtin.tensor_cache.get"  # of TVM's runtime: a tensor of its process-wide cache
 _CALL_TIR = ir.Op.get("relax.call_tir")
