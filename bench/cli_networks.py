@@ -140,8 +140,12 @@ def rss_command(
     calibration: Calibration = 16,
     weight_bits: WeightBits = 0,
     rivals: Annotated[
-        str, typer.Option(help="Of openvino, ort (int8), fp32 (our schedules), tvm; or none.")
-    ] = "openvino,ort,fp32,tvm",
+        str,
+        typer.Option(
+            help="Of openvino, ort (int8), fp32 (our schedules), tvm, "
+            "library (int8, weights inside); or none."
+        ),
+    ] = "openvino,ort,fp32,tvm,library",
     tvm_limit: TvmLimit = 10.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all of it here.")] = None,
     note: Note = "",

@@ -59,6 +59,9 @@ def cliffs_command(
     limit: Annotated[
         float, typer.Option(help="Share of the neighbour's efficiency below which is a cliff.")
     ] = cliffs.LIMIT,
+    max_distance: Annotated[
+        float, typer.Option(help="From its nearest, beyond which a layer has no neighbour.")
+    ] = cliffs.MAX_DISTANCE,
     json: Json = None,
     note: Note = "",
 ) -> None:
@@ -76,17 +79,18 @@ def cliffs_command(
             options = Options(
                 where.target, dtype, epilogue, weight_bits, threads, min_time, rounds, check
             )
-            results = measure_layers(console, cliffs.plan(shapes), options, opponents)
+            planned = cliffs.plan(shapes, max_distance)
+            results = measure_layers(console, planned, options, opponents)
     except (ValueError, OSError) as error:
         raise fail(error) from None
-    held = cliffs.hold(shapes, results)
+    held = cliffs.hold(shapes, results, max_distance)
     titles = {rival.name: rival.title for rival in opponents}
     console.print(cliffs.table(held, layer_title(where, options), titles, limit))
     if json is not None:
         run = layer_run("cliffs", where, options, note)
         json.write_text(report.to_text(cliffs.to_document(held, run, limit)))
     found = sum(one.is_cliff(limit) for one in held)
-    unknown = sum(one.ratio is None for one in held)
+    unknown = sum(one.is_unknown for one in held)
     if found or unknown:
         words = f"{found} of {len(held)} layers are cliffs; {unknown} could not be held"
         raise fail(f"{words} (see the table)", code=1)

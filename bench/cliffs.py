@@ -3,7 +3,9 @@
 Nearness is Euclidean distance between (K, output channels, output points, kernel area, stride
 area), each in log2, K being the multiply-accumulates of one output: how much a kernel reduces, how
 wide and how long it runs, how much of its input it reads again or skips. Convolutions are held
-against ResNet-50's, those with groups against MobileNetV2's depthwise ones.
+against ResNet-50's, those with groups against MobileNetV2's depthwise ones. A layer too far from
+all of them is of another kind and has no neighbour: the 1x1 images of squeeze and excitation, a
+microsecond of which the call is most.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from .shape_lines import ConvShape, find_batch, read_shapes
 
 SHAPES = "cliffs"  # the file of bench/shapes that is run by default
 LIMIT = 0.4  # of the neighbour's efficiency
+# Beyond it there is no neighbour: 6.5 of one feature is a factor of 90. In bench/shapes/cliffs that
+# is squeeze and excitation (6.6 to 10.2), and VGG's 1080p layers with a 3x3 over 3 or 64 channels.
+MAX_DISTANCE = 6.5
 _NEIGHBOURS, _GROUPED_NEIGHBOURS = "resnet50_v1_5", "mobilenet_v2"
 
 
@@ -40,7 +45,7 @@ def neighbours(grouped: bool) -> tuple[ConvShape, ...]:
 
 
 def nearest(shape: ConvShape) -> tuple[ConvShape, float]:
-    """Return a shape's neighbour and its distance (1 is a factor of two in one of the features)."""
+    """Return the layer nearest to a shape and its distance (1: a factor of two in one feature)."""
     point = features(shape)
     found = min(neighbours(shape.g > 1), key=lambda other: dist(features(other), point))
     return found, dist(features(found), point)
@@ -52,17 +57,22 @@ class Held:
 
     Attributes
     ----------
-    layer, neighbour : LayerResult
+    layer : LayerResult
+    neighbour : LayerResult or None
+        None where the nearest is too far to be one.
     distance : float
+        Of the nearest.
     """
 
     layer: LayerResult
-    neighbour: LayerResult
+    neighbour: LayerResult | None
     distance: float
 
     @property
     def ratio(self) -> float | None:
         """The layer's share of its peak over the neighbour's; None where either has none."""
+        if self.neighbour is None:
+            return None
         ours, other = self.layer.peak_percent, self.neighbour.peak_percent
         return None if ours is None or other is None else ours / other
 
@@ -70,20 +80,30 @@ class Held:
         """Whether the layer falls below `limit` of its neighbour."""
         return self.ratio is not None and self.ratio < limit
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it could not be held: the layer or its neighbour failed, or has no peak."""
+        return self.ratio is None and (self.neighbour is not None or self.layer.ours is None)
 
-def plan(shapes: Iterable[ConvShape]) -> list[ConvShape]:
+
+def plan(
+    shapes: Iterable[ConvShape], max_distance: float = MAX_DISTANCE
+) -> list[ConvShape]:
     """Return what has to be run: each different shape once, and their neighbours.
 
     Raises
     ------
     ValueError
-        For a 1- or 3-D convolution, which has no neighbour.
+        For a 1- or 3-D convolution, which is near to none, or a negative `max_distance`.
     """
+    if max_distance < 0:
+        raise ValueError(f"max_distance is {max_distance}; allowed: 0 or more")
     found: dict[str, ConvShape] = {}
     for shape in shapes:
         if shape.ndims != 2:
             raise ValueError(f"{shape.format()}: allowed: 2-D convolutions")
-        for one in (shape, nearest(shape)[0]):
+        other, distance = nearest(shape)
+        for one in (shape, other) if distance <= max_distance else (shape,):
             found.setdefault(_key(one), one)
     return list(found.values())
 
@@ -93,21 +113,27 @@ def _key(shape: ConvShape) -> str:
     return replace(shape, name="", count=1).format()
 
 
-def hold(shapes: Sequence[ConvShape], results: Iterable[LayerResult]) -> list[Held]:
-    """Return each different shape held against its neighbour, the worst first, failures last.
+def hold(
+    shapes: Sequence[ConvShape],
+    results: Iterable[LayerResult],
+    max_distance: float = MAX_DISTANCE,
+) -> list[Held]:
+    """Return each different shape held against its neighbour.
+
+    The worst come first, those without a neighbour after the others, failures last.
 
     Parameters
     ----------
     results : iterable of LayerResult
-        Of what `plan` returned.
+        Of what `plan` returned for the same `max_distance`.
     """
     by_key = {_key(result.shape): result for result in results}
     found: dict[str, Held] = {}
     for shape in shapes:
         other, distance = nearest(shape)
-        held = Held(by_key[_key(shape)], by_key[_key(other)], distance)
-        found.setdefault(_key(shape), held)
-    return sorted(found.values(), key=lambda one: (one.ratio is None, one.ratio))
+        neighbour = by_key[_key(other)] if distance <= max_distance else None
+        found.setdefault(_key(shape), Held(by_key[_key(shape)], neighbour, distance))
+    return sorted(found.values(), key=lambda one: (one.is_unknown, one.ratio is None, one.ratio))
 
 
 def table(found: Sequence[Held], title: str, rivals: dict[str, str], limit: float) -> Table:
@@ -126,9 +152,10 @@ def table(found: Sequence[Held], title: str, rivals: dict[str, str], limit: floa
             *_cells(held, rivals), style="red" if held.is_cliff(limit) else None
         )
     cliffs = sum(held.is_cliff(limit) for held in found)
+    alone = sum(held.neighbour is None for held in found)
     out.caption = (
-        f"{cliffs} of {len(found)} below {limit:g} of their neighbour. Distance: in log2 of K, "
-        "channels, points, kernel and stride area."
+        f"{cliffs} of {len(found)} below {limit:g} of their neighbour; {alone} are too far from "
+        "all to have one. Distance: in log2 of K, channels, points, kernel and stride area."
     )
     return out
 
@@ -145,6 +172,8 @@ def _cells(held: Held, rivals: dict[str, str]) -> list[str]:
         ]  # fmt: skip
     for name in rivals:
         cells.append(report.times(layer.speedup(name)))
+    if other is None:
+        return [*cells, "no neighbour", "", "", f"{held.distance:.1f}", ""]
     cells += [
         other.shape.name or other.shape.format(), report.number(other.gops, 0),
         report.number(other.peak_percent), f"{held.distance:.1f}",
@@ -161,7 +190,8 @@ def to_document(found: Sequence[Held], run: dict[str, Any], limit: float) -> dic
         "cliffs": [
             {
                 **report.record(held.layer), "ratio": held.ratio, "is_cliff": held.is_cliff(limit),
-                "distance": held.distance, "neighbour": report.record(held.neighbour),
+                "distance": held.distance,
+                "neighbour": None if held.neighbour is None else report.record(held.neighbour),
             }
             for held in found
         ],

@@ -17,15 +17,17 @@ from .worker import memory_status, serve
 class Handler:
     """What can be asked."""
 
-    def memory(self, path: str, data: str) -> dict[str, int]:
+    def memory(self, path: str, data: str, weights: str = "") -> dict[str, int]:
         """Return, of a fresh process, resident bytes before a library is loaded, and their peak.
 
         Parameters
         ----------
         path : str
-            What `export_library` wrote.
+            The library that `export_library` or `topi_int8.export` wrote.
         data : str
             An .npy file of its one input.
+        weights : str
+            The folder that `topi_int8.export` wrote, if it did.
         """
         os.environ["TVM_USE_RUNTIME_LIB"] = "1"
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -34,6 +36,8 @@ class Handler:
 
         images = np.load(data)
         before = memory_status("VmRSS")
+        if weights:
+            tvm.get_global_func("vm.builtin.tensor_cache.load")(weights, 1, 0)  # 1: kDLCPU
         machine = VirtualMachine(tvm.runtime.load_module(path), tvm.cpu())
         machine["main"](tvm.runtime.tensor(images)).numpy()
         return {"before": before, "peak": memory_status("VmHWM")}

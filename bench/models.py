@@ -8,7 +8,7 @@ gamma and beta drawn around 1 and 0, and the classifier looks where images diffe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,12 +26,24 @@ _CALIBRATION_SEED, _TEST_SEED = 100, 200
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+
+def _inverted_residual_end(block: Any) -> torch.nn.Module | None:
+    if hasattr(block, "conv"):  # MobileNetV2's
+        return block.conv[-1]
+    # ShuffleNet's block of the same name has no such attribute.
+    return block.block[-1][1] if getattr(block, "use_res_connect", False) else None
+
+
 # The last BatchNorm of a residual branch, by the class of its block: drawn small, as training
-# leaves it, so that a block refines its input instead of drowning it.
+# leaves it, so that a block refines its input instead of drowning it. None: a block without a sum.
 _BRANCH_END = {
     "BasicBlock": lambda block: block.bn2,
     "Bottleneck": lambda block: block.bn3,
-    "InvertedResidual": lambda block: block.conv[-1] if hasattr(block, "conv") else None,
+    "ResBottleneckBlock": lambda block: block.f.c[1],
+    "InvertedResidual": _inverted_residual_end,
+    "_InvertedResidual": lambda block: block.layers[-1] if block.apply_residual else None,
+    "MBConv": _inverted_residual_end,
+    "FusedMBConv": _inverted_residual_end,
 }
 _BRANCH_GAMMA = 0.25
 

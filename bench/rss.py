@@ -1,7 +1,8 @@
 """Peak resident memory of a fresh process that loads a network and runs it once.
 
 Each is what its user would start: ours and TVM's are exported libraries in a process that has TVM's
-runtime alone (`exported_worker`), the others their own files (`rivals.network_worker`).
+runtime alone (`exported_worker`), the others their own files (`rivals.network_worker`). Ours has
+its weights apart (`topi_int8.export`); "library" is the same with the weights in it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from tvm.target import Target
 
-from topi_int8 import override
+from topi_int8 import export, override
 from topi_int8.frontend.torch import from_torch
 
 from . import models, report
 from .e2e import RIVALS as ENGINES
-from .e2e import TITLES
+from .e2e import TITLES as ENGINE_TITLES
 from .place import first_line
 from .rivals import Unavailable
 from .rivals.networks import NETWORK_RIVALS, NetworkFiles
@@ -31,7 +33,8 @@ from .rivals.tvm_default import TvmDefault
 from .worker import Worker, WorkerError
 
 # Torch's worker has TVM in it as well: what it takes is not torch's.
-RIVALS = tuple(name for name in ENGINES if name != "torch")
+RIVALS = (*(name for name in ENGINES if name != "torch"), "library")
+TITLES = {**ENGINE_TITLES, "library": "int8, one file"}
 _MIB = 2**20
 
 
@@ -117,8 +120,15 @@ def measure(name: str, options: Options, console: Console) -> Found:
     module, example = models.load(name, batch=options.batch, image=options.image)
     calibration = models.calibration_images(options.calibration, options.image)
     mod = from_torch(module, example)
+
+    @cache
+    def quantized() -> tvm.IRModule:
+        return models.quantize(
+            mod, options.image, options.calibration, options.bits, options.batch
+        )
+
     makers: dict[str, Callable[[], Any]] = {
-        "int8": lambda: tvm.compile(_quantized(mod, options), target=options.target),
+        "library": lambda: tvm.compile(quantized(), target=options.target),
         "fp32": lambda: tvm.compile(mod, target=options.target),
         "tvm": lambda: _stock(mod, name, options),
     }
@@ -132,17 +142,13 @@ def measure(name: str, options: Options, console: Console) -> Found:
                 with console.status(f"{name}: {TITLES[engine]}"):
                     if engine in NETWORK_RIVALS:
                         found[engine] = _rival(engine, files, data, options)
+                    elif engine == "int8":
+                        found[engine] = _apart(quantized(), options.target, folder, data)
                     else:
                         found[engine] = _exported(makers[engine](), folder / engine, data)
             except (Unavailable, WorkerError, RuntimeError) as error:
                 found[engine] = Resident(note=first_line(error) or type(error).__name__)
     return found
-
-
-def _quantized(mod: tvm.IRModule, options: Options) -> tvm.IRModule:
-    return models.quantize(
-        mod, options.image, options.calibration, options.bits, options.batch
-    )
 
 
 def _stock(mod: tvm.IRModule, name: str, options: Options) -> Any:
@@ -155,12 +161,22 @@ def _stock(mod: tvm.IRModule, name: str, options: Options) -> Any:
         return tvm.compile(mod, target=options.target)
 
 
+def _apart(mod: tvm.IRModule, target: Target, folder: Path, data: Path) -> Resident:
+    library, weights = folder / "int8.so", folder / "int8.weights"
+    export(mod, target, library, weights)
+    return _resident(path=str(library), weights=str(weights), data=str(data))
+
+
 def _exported(executable: Any, stem: Path, data: Path) -> Resident:
     path = stem.with_suffix(".so")
     executable.export_library(str(path))
+    return _resident(path=str(path), data=str(data))
+
+
+def _resident(**files: str) -> Resident:
     worker = Worker([sys.executable, "-m", "bench.exported_worker"])
     try:
-        return Resident.of(worker.ask("memory", path=str(path), data=str(data)))
+        return Resident.of(worker.ask("memory", **files))
     finally:
         worker.close()
 

@@ -1,5 +1,6 @@
 """What `export_library` wrote runs without us: a net on AMX in a process that knows the TVM runtime
-alone and asks Linux for the tiles itself, and single kernels from C++.
+alone and asks Linux for the tiles itself, and single kernels from C++. And what `export` wrote is
+loaded with its weights held once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tvm
 from tvm import relax
 
 import topi_int8
+from bench.worker import Worker
 from tests import emulator, kernels, reference
 from tests.graphs import build
 from tests.grid import DEPTHWISE, EPILOGUE_BASES, EPILOGUES, MATMULS, SHAPES
@@ -95,6 +97,81 @@ def test_amx_library_runs_in_a_process_without_us(tmp_path: Path) -> None:
     if "amx" not in emulator.native_features():
         assert "tdpbusd" in done.stdout
     np.testing.assert_array_equal(np.load(out), here.numpy())
+
+
+WIDE = 2048  # channels of a matmul whose weight has 4 MiB
+
+
+def wide_matmuls(emit: Any, x: relax.Var) -> relax.Expr:
+    """Four matmuls of as many weights each."""
+    rng = np.random.default_rng(5)
+    for _ in range(4):
+        weight = rng.normal(0, WIDE**-0.5, (WIDE, WIDE)).astype("float32")
+        x = emit(relax.op.matmul(x, relax.const(weight)))
+    return x
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder of one network exported twice, and its int8 module."""
+    folder = tmp_path_factory.mktemp("wide")
+    x = np.random.default_rng(6).normal(0, 1, (1, WIDE)).astype("float32")
+    mod = topi_int8.quantize(build((1, WIDE), wide_matmuls), [x])
+    target = topi_int8.host_target()
+    np.save(folder / "x.npy", x)
+    tvm.compile(mod, target).export_library(str(folder / "one.so"))
+    topi_int8.export(mod, target, folder / "net.so", folder / "net.weights")
+    return folder, mod
+
+
+@needs_compiler
+def test_weights_apart_give_the_same(wide: tuple[Path, Any]) -> None:
+    folder, _ = wide
+    x = tvm.runtime.tensor(np.load(folder / "x.npy"))
+    tvm.get_global_func("vm.builtin.tensor_cache.load")(str(folder / "net.weights"), 1, 0)
+    try:
+        libraries = (tvm.runtime.load_module(str(folder / name)) for name in ("one.so", "net.so"))
+        one, apart = (relax.VirtualMachine(lib, tvm.cpu())["main"](x).numpy() for lib in libraries)
+    finally:
+        tvm.get_global_func("vm.builtin.tensor_cache.clear")()
+    np.testing.assert_array_equal(apart, one)
+
+
+@needs_compiler
+def test_weights_apart_are_held_once(wide: tuple[Path, Any]) -> None:
+    folder, _ = wide
+    size = 4 * WIDE**2
+    shards = [path.stat().st_size for path in (folder / "net.weights").glob("params_shard_*.bin")]
+    # A shard is what loading holds beside the tensors: no more than the largest of them.
+    assert sum(shards) >= size and max(shards) == WIDE**2
+    assert (folder / "one.so").stat().st_size > size > 10 * (folder / "net.so").stat().st_size
+
+    added = {}
+    for name, weights in (("one", ""), ("net", str(folder / "net.weights"))):
+        worker = Worker([sys.executable, "-m", "bench.exported_worker"])
+        try:
+            answer = worker.ask(
+                "memory", path=str(folder / f"{name}.so"), data=str(folder / "x.npy"),
+                weights=weights,
+            )  # fmt: skip
+        finally:
+            worker.close()
+        added[name] = (answer["peak"] - answer["before"]) / size
+    assert added["one"] > 3.9 and added["net"] < 1.75, added
+
+
+@needs_compiler
+def test_export_replaces_only_an_export(wide: tuple[Path, Any], tmp_path: Path) -> None:
+    _, mod = wide
+    (tmp_path / "net.weights").mkdir()
+    stale = tmp_path / "net.weights" / "params_shard_99.bin"
+    stale.write_bytes(b"old")
+    args = mod, topi_int8.host_target(), tmp_path / "net.so", tmp_path / "net.weights"
+    with pytest.raises(ValueError, match=r"net.weights'; allowed: a new folder, an empty one"):
+        topi_int8.export(*args)
+    (tmp_path / "net.weights" / "tensor-cache.json").write_text("{}")
+    topi_int8.export(*args)
+    assert not stale.exists()
 
 
 # What the CPU runs natively, best first; the rest of the list is other tests' work.

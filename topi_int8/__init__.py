@@ -30,11 +30,12 @@ __all__ = [
 
 if IS_RELAX:
     from .explain import explain, library_counts
+    from .export import export
     from .override import disable, disabled, enable, is_enabled
     from .quantize import quantize
     from .transform.pipeline import pipeline
 
-    __all__ += ["pipeline", "quantize"]
+    __all__ += ["export", "pipeline", "quantize"]
 else:
     from . import relay
     from .relay import disable, disabled, enable, explain, is_enabled, library_counts

@@ -53,19 +53,49 @@ def test_nearest(line, neighbour):
 
 
 def test_the_plan_runs_each_shape_and_neighbour_once():
-    shapes = [parse_line(line) for line in ("ic8ih7oc8kh1", 'ic8ih7oc8kh1n"again"')]
+    shapes = [parse_line(line) for line in ("ic64ih7oc64kh1", 'ic64ih7oc64kh1n"again"')]
     neighbour, _ = cliffs.nearest(shapes[0])
     assert cliffs.plan(shapes) == [shapes[0], neighbour]
     with pytest.raises(ValueError, match="allowed: 2-D convolutions"):
         cliffs.plan([parse_line("ic8iw7oc8kw1")])
 
 
-def test_every_shape_of_the_file_has_a_neighbour():
+def test_every_shape_of_the_file_has_a_neighbour_but_those_of_another_kind():
     shapes = read_shapes(find_batch(cliffs.SHAPES))
     planned = cliffs.plan(shapes)
     assert len(planned) > 150
     held = cliffs.hold(shapes, [result(shape, 10) for shape in planned])
-    assert all(one.ratio == pytest.approx(1) for one in held)
+    near = [one for one in held if one.neighbour is not None]
+    assert all(one.ratio == pytest.approx(1) for one in near)
+    alone = held[len(near) :]  # listed after the others
+    assert not any(one.is_cliff() or one.is_unknown or one.ratio for one in alone)
+    assert min(one.distance for one in alone) > cliffs.MAX_DISTANCE
+    names = {one.layer.shape.name for one in alone}
+    assert {name.rsplit(".")[-1] for name in names} == {"squeeze", "excite", "conv1", "conv3"}
+    assert {name for name in names if "conv" in name} == {"vgg.conv1", "vgg.conv3"}
+
+
+def test_a_layer_too_far_from_all_is_no_cliff():
+    far, near = parse_line('ic32ih1oc8oh1kh1n"far"'), parse_line('ic64ih54oc64kh1n"near"')
+    assert cliffs.plan([far]) == [far]
+    planned = cliffs.plan([far, near])
+    results = [result(shape, 0.1 if shape is far else 50) for shape in planned]
+    held = cliffs.hold([far, near], results)
+    assert [one.layer.shape.name for one in held] == ["near", "far"]
+    table = cliffs.table(held, "title", {}, cliffs.LIMIT)
+    assert table.caption.startswith("0 of 2 below 0.4 of their neighbour; 1 are too far from all")
+    assert list(table.columns[4].cells)[1] == "no neighbour"
+    rows = cliffs.to_document(held, {}, cliffs.LIMIT)["cliffs"]
+    assert rows[1]["neighbour"] is None and not rows[1]["is_cliff"]
+
+    planned = cliffs.plan([far], max_distance=20)
+    assert len(planned) == 2
+    [one] = cliffs.hold([far], [result(planned[0], 0.1), result(planned[1], 50)], 20)
+    assert one.is_cliff()
+    [one] = cliffs.hold([far], [result(far, None)])
+    assert one.is_unknown
+    with pytest.raises(ValueError, match="max_distance is -1; allowed: 0 or more"):
+        cliffs.plan([far], max_distance=-1)
 
 
 def test_a_cliff_is_below_the_limit():
@@ -92,7 +122,7 @@ def test_a_cliff_is_below_the_limit():
 
 def test_command(tmp_path: Path):
     out = tmp_path / "out.json"
-    args = ["cliffs", "--shape", 'ic16ih7oc16kh1n"tiny"', *FAST, "--json", str(out)]
+    args = ["cliffs", "--shape", 'ic64ih7oc64kh1n"tiny"', *FAST, "--json", str(out)]
     done = bench(*args, "--limit", "0")
     assert done.exit_code == 0, done.output
     [row] = json.loads(out.read_text())["cliffs"]

@@ -37,12 +37,12 @@ def test_ratios_and_words():
 def test_command(tmp_path: Path):
     out = tmp_path / "out.json"
     args = ["--network", "squeezenet1_1", "--image", "32", "--calibration", "2"]
-    args += ["--rivals", "tvm,openvino", "--tvm-limit", "1e-9", "--json", str(out)]
+    args += ["--rivals", "tvm,openvino,library", "--tvm-limit", "1e-9", "--json", str(out)]
     done = bench("rss", *args)
     assert done.exit_code == 0, done.output
-    int8, stock, openvino = json.loads(out.read_text())["memory"]
+    int8, stock, openvino, library = json.loads(out.read_text())["memory"]
     assert (int8["engine"], int8["int8_over_this"]) == ("int8", 1)
-    assert 10 < int8["before_mib"] < int8["peak_mib"]
+    assert 10 < int8["before_mib"] < int8["peak_mib"] < library["peak_mib"]
     # The runtime alone, without the compiler and torch, which have hundreds.
     assert int8["before_mib"] < 200
     assert stock["peak_mib"] is None and stock["note"].startswith("skipped: est.")
@@ -53,7 +53,7 @@ def test_command(tmp_path: Path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--rivals", "torch"], "rivals has 'torch'; allowed: openvino, ort, fp32, tvm, none"),
+        (["--rivals", "torch"], "rivals has 'torch'; allowed: openvino, ort, fp32, tvm, library"),
         (["--batch", "0"], "batch is 0"),
         (["--weight-bits", "6"], "weight_bits is 6"),
         (["--network", "resnet19", "--rivals", "none"], "name is 'resnet19'"),

@@ -12,6 +12,7 @@ from tvm.target import Target
 
 from ..target import features
 from .convert_layout import ConvertLayout
+from .detach_weights import DetachWeights
 from .fold_batch_norm import FoldBatchNorm
 from .fuse_concat import FuseConcat
 from .fuse_elementwise import FuseElementwise
@@ -30,7 +31,11 @@ def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.
     ]  # fmt: skip
 
 
-def pipeline(target: Target, layout: str = "NCHWc") -> tvm.transform.Pass:
+def pipeline(
+    target: Target,
+    layout: str = "NCHWc",
+    weights: dict[str, tvm.runtime.Tensor] | None = None,
+) -> tvm.transform.Pass:
     """Return the whole Relax pipeline for a target: ours, then TVM's own for what is left.
 
     Parameters
@@ -41,6 +46,9 @@ def pipeline(target: Target, layout: str = "NCHWc") -> tvm.transform.Pass:
         "NCHWc" packs every convolution's channels, whatever layout it is given in. "NHWC" leaves
         convolutions that are given in NHWC there, where that has a kernel: no transforms at a
         region's borders, for graphs of few convolutions.
+    weights : dict of str to Tensor, optional
+        Where given, large constants go into it by name, and not into the module: see
+        `DetachWeights`, and `export`, which writes them.
 
     Raises
     ------
@@ -59,6 +67,7 @@ def pipeline(target: Target, layout: str = "NCHWc") -> tvm.transform.Pass:
             Lower(target, layout),
             *cpu_generic.legalize_passes(target),
             ScheduleRest(target),
+            *([] if weights is None else [DetachWeights(weights)]),
             *cpu_generic.dataflow_lower_passes(target),
             *cpu_generic.finalize_passes(target),
         ]
