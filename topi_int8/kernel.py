@@ -21,7 +21,15 @@ from .compute.conv2d import PackedConv2d, window_taps
 from .compute.depthwise import PackedDepthwise
 from .compute.winograd import PackedWinograd
 from .layout import Layout, round_up
-from .schedule import arm, spatial_pack, winograd, x86_amx, x86_depthwise, x86_dot
+from .schedule import (
+    arm,
+    spatial_pack,
+    winograd,
+    x86_amx,
+    x86_depthwise,
+    x86_depthwise_lanes,
+    x86_dot,
+)
 from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
 from .workload import Conv2dWorkload, MatmulWorkload
@@ -409,9 +417,9 @@ def build_x86_depthwise(how: str, bits: int) -> Build:
 
     def build(work: Conv2dWorkload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
         packing = PackedDepthwise(work, blocks.out, "rows", "uint8")
-        rows = x86_depthwise.choose_rows(work)
-        columns = x86_depthwise.choose_columns(packing, rows, bits // 128)
-        last = x86_depthwise.choose_last(columns)
+        rows = x86_depthwise_lanes.choose_rows(work)
+        columns = x86_depthwise_lanes.choose_columns(packing, rows, bits // 128)
+        last = x86_depthwise_lanes.choose_last(columns)
         return _kernel(work, blocks, x86_depthwise.LanesPlan(packing, rows, columns, last, how))
 
     return build

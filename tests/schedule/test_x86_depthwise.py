@@ -13,8 +13,8 @@ from tests.grid import DEPTHWISE, EPILOGUES, depthwise
 from tests.kernels import Assembly, build, check, check_instructions, decide
 from topi_int8.compute.depthwise import PackedDepthwise
 from topi_int8.kernel import Blocks
-from topi_int8.schedule.x86_depthwise import (
-    LONG_ROW,
+from topi_int8.schedule.x86_depthwise import LONG_ROW
+from topi_int8.schedule.x86_depthwise_lanes import (
     STRIP_BYTES,
     Columns,
     Rows,

@@ -165,7 +165,8 @@ class _Emitter:
         shares = -(-plan.tiles // plan.share)
         task, each, number = (tir.Var(name, "int32") for name in ("task", "each", "tile"))
         rest, share = tir.floordiv(task, i32(shares)), tir.floormod(task, i32(shares))
-        row, column = tir.floordiv(number, i32(plan.tiles_w)), tir.floormod(number, i32(plan.tiles_w))
+        across = i32(plan.tiles_w)
+        row, column = tir.floordiv(number, across), tir.floormod(number, across)
         rest, part = tir.floordiv(rest, i32(parts)), tir.floormod(rest, i32(parts))
         at = _Place(
             tir.floordiv(rest, i32(blocks)),
