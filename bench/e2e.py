@@ -321,7 +321,8 @@ def _timings(
                         continue
                     if options.place.remote:
                         raise Unavailable("on this machine only")
-                    prepared = prepare(NETWORK_RIVALS[name], files, x, options.threads)
+                    isa = targets.isa_of(options.target)
+                    prepared = prepare(NETWORK_RIVALS[name], files, x, options.threads, isa)
             except (Unavailable, RuntimeError) as error:
                 notes[name] = first_line(error) or type(error).__name__
                 continue

@@ -20,10 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from topi_int8.target import host_target
+
+from ..targets import isa_of
 from ..timing import Sampler
 from ..worker import ROOT, Worker, WorkerError
 from . import Unavailable
 from .network_worker import BATCH, INPUT, OUTPUT
+from .onednn import MAX_CPU_ISA
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +91,8 @@ class NetworkRival:
         Whether it is given the quantized network.
     suffix : str
         Of the file it loads.
+    held : bool
+        Whether ONEDNN_MAX_CPU_ISA holds it to an instruction set.
     """
 
     name: str
@@ -94,16 +100,23 @@ class NetworkRival:
     python: Callable[[], str]
     int8: bool
     suffix: str
+    held: bool = True
 
-    def start(self) -> Worker:
-        """Start its worker.
+    def start(self, isa: str = "") -> Worker:
+        """Start its worker, held to the instruction set of that name unless it is empty or this
+        machine's own.
 
         Raises
         ------
         Unavailable
-            When its interpreter, or the engine in it, is not there.
+            When its interpreter, or the engine in it, is not there, or cannot be held.
         """
-        worker = Worker([self.python(), "-m", "bench.rivals.network_worker", self.name])
+        env = {}
+        if isa and isa != isa_of(host_target()):
+            if not self.held:
+                raise Unavailable(f"cannot be held to {isa}")
+            env["ONEDNN_MAX_CPU_ISA"] = MAX_CPU_ISA[isa]
+        worker = Worker([self.python(), "-m", "bench.rivals.network_worker", self.name], env)
         try:
             worker.ask("version")
         except WorkerError as error:
@@ -116,7 +129,7 @@ NETWORK_RIVALS = {
     rival.name: rival
     for rival in (
         NetworkRival("openvino", "OpenVINO int8", openvino_python, True, ".xml"),
-        NetworkRival("ort", "onnxruntime int8", openvino_python, True, ".onnx"),
+        NetworkRival("ort", "onnxruntime int8", openvino_python, True, ".onnx", held=False),
         NetworkRival("torch", "torch fp32", lambda: sys.executable, False, ".pt"),
     )
 }
@@ -219,15 +232,17 @@ class Prepared:
     close: Callable[[], None]
 
 
-def prepare(rival: NetworkRival, files: NetworkFiles, data: np.ndarray, threads: int) -> Prepared:
-    """Start a rival on an input, float32 (batch, 3, H, W).
+def prepare(
+    rival: NetworkRival, files: NetworkFiles, data: np.ndarray, threads: int, isa: str = ""
+) -> Prepared:
+    """Start a rival on an input, float32 (batch, 3, H, W), held to `isa` (see `NetworkRival`).
 
     Raises
     ------
     Unavailable
         With the reason.
     """
-    worker = rival.start()
+    worker = rival.start(isa)
     try:
         version = worker.ask("version")
         path = files.model(rival, worker)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ import torch
 
 from bench import demo, models
 from bench.rivals import Unavailable, network_worker, networks
+from bench.rivals.onednn import MAX_CPU_ISA
+from bench.targets import isa_of
 from bench.worker import ROOT, WorkerError
+from topi_int8.target import host_target
 
 NAME, IMAGE = "squeezenet1_1", 64
 INT8 = [name for name, rival in networks.NETWORK_RIVALS.items() if rival.int8]
@@ -114,6 +118,27 @@ def test_memory_of_a_fresh_process(name, files, module, tmp_path: Path):
     finally:
         worker.close()
     assert 1 << 20 < found["before"] < found["peak"]
+
+
+def test_engines_are_held_to_the_instruction_set(monkeypatch):
+    started = []
+
+    class Quiet:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(env)
+
+        def ask(self, do: str) -> str:
+            return ""
+
+    monkeypatch.setattr(networks, "Worker", Quiet)
+    host = isa_of(host_target())
+    other = "avx2" if host != "avx2" else "avx512_vnni"
+    torch = networks.NETWORK_RIVALS["torch"]
+    for isa in ("", host, other):
+        torch.start(isa)
+    assert started == [{}, {}, {"ONEDNN_MAX_CPU_ISA": MAX_CPU_ISA[other]}]
+    with pytest.raises(Unavailable, match=f"cannot be held to {other}"):
+        replace(torch, held=False).start(other)
 
 
 def test_a_failing_engine_says_so(files):
