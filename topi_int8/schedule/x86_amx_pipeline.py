@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tvm import te
-
 from intrinsics import compat, x86_amx
 from intrinsics.compat import i32, loop, sequence, tir
 from intrinsics.x86_narrow import LANES, WORDS, narrowed, shifted
@@ -37,7 +35,8 @@ from intrinsics.x86_narrow import LANES, WORDS, narrowed, shifted
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, real_value
 from ..workload import INT8_DTYPES
-from .stages import copy_stage, divisors
+from .stages import divisors
+from .stated import stated
 from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
@@ -254,30 +253,16 @@ class Pipeline:
         elif conv.needs_pad:
             source, copies = pad_stage(conv, data), ["pad"]
 
-        def emit(ins: list[Any], outs: list[Any]) -> Any:
-            present = iter(ins[2:])
-            given = (operands.bias, operands.scale, operands.residual)
-            bias, scale, residual = (None if t is None else next(present) for t in given)
-            return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
-
-        inputs = [source, weight, *operands.present]
         shape = (*conv.out_shape[:-1], conv.out_block)
-        full = te.extern(shape, inputs, emit, name="out", dtype=conv.work.epilogue.out_dtype)
-        out = full
-        if conv.crops:
-            out = te.compute(conv.out_shape, lambda *at: full[at], name="crop")
-            copies.append("crop")
-        func = te.create_prim_func([data, weight, *operands.present, out])
-        if copies:
-            sch = compat.Schedule(func)
-            for name in copies:
-                copy_stage(sch, compat.get_block(sch, name))
-            func = sch.mod["main"]
+        func = stated(
+            data, weight, operands, source, shape, conv.out_shape,
+            lambda *buffers: _Emitter(self, *buffers).statement(), copies,
+        )  # fmt: skip
         if ask_permission:
             func = func.with_body(
                 compat.rewrite_root(func.body, lambda s: [x86_amx.request_permission(), *s])
             )
-        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+        return func
 
 
 class _Emitter:

@@ -21,8 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import te
-
 from intrinsics import compat
 from intrinsics.compat import i32, loop, sequence, tir
 from intrinsics.x86_narrow import narrowed
@@ -31,6 +29,7 @@ from intrinsics.x86_rows import LANE, ROW_PRODUCTS, RowProduct, interleaved
 from ..compute.depthwise import PackedDepthwise, declare
 from ..compute.epilogue import apply, real_value, stored_value
 from .stages import rows_per_task
+from .stated import stated
 from .x86_depthwise_lanes import Columns, Rows, narrows
 
 # Dot products that are unrolled; of more the horizontal taps are a loop.
@@ -76,25 +75,17 @@ class LanesPlan:
 
     def schedule(self) -> Any:
         """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
-        conv = self.conv
-        data, weight, operands = declare(conv)
+        shape = self.conv.out_shape
+        data, weight, operands = declare(self.conv)
+        product = ROW_PRODUCTS[self.how]
 
-        def emit(ins: list[Any], outs: list[Any]) -> Any:
-            present = iter(ins[2:])
-            given = (operands.bias, operands.scale, operands.residual)
-            bias, scale, residual = (None if t is None else next(present) for t in given)
-            operand = [ins[0], ins[1], bias, scale, residual, outs[0]]
-            product = ROW_PRODUCTS[self.how]
+        def statement(*buffers: Any) -> Any:
+            kinds = dict.fromkeys((self.columns, self.last))
             return self._statement(
-                [_Emitter(product, self.rows, columns, *operand) for columns in kinds]
+                [_Emitter(product, self.rows, columns, *buffers) for columns in kinds]
             )
 
-        kinds = dict.fromkeys((self.columns, self.last))
-        inputs = [data, weight, *operands.present]
-        dtype = conv.work.epilogue.out_dtype
-        out = te.extern(conv.out_shape, inputs, emit, name="out", dtype=dtype)
-        func = te.create_prim_func([*inputs, out])
-        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+        return stated(data, weight, operands, data, shape, shape, statement, [])
 
     def _statement(self, emitters: list[_Emitter]) -> Any:
         """Return the parallel loop over images, channel blocks and shares of the rows.

@@ -15,8 +15,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import te
-
 from intrinsics import compat, x86_amx
 from intrinsics.compat import i32, loop, tir
 from intrinsics.x86_dot import DotIntrinsic
@@ -27,7 +25,8 @@ from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, real_value
 from ..workload import INT8_DTYPES, Conv2dWorkload
 from .spatial_pack import Tile
-from .stages import TASKS, copy_stage
+from .stages import TASKS
+from .stated import stated
 
 PRODUCTS = {"vpdpbusd": vpdpbusd, "vpmaddubsw": vpmaddubsw, "vpmaddwd": maddwd}
 # Tiles of an image up to which a group's weights are used so seldom that reading them shows.
@@ -99,27 +98,11 @@ class DotPlan:
         conv = self.conv
         data, weight, operands = declare(conv)
         source, copies = (pad_stage(conv, data), ["pad"]) if conv.needs_pad else (data, [])
-
-        def emit(ins: list[Any], outs: list[Any]) -> Any:
-            present = iter(ins[2:])
-            given = (operands.bias, operands.scale, operands.residual)
-            bias, scale, residual = (None if t is None else next(present) for t in given)
-            return _Emitter(self, ins[0], ins[1], bias, scale, residual, outs[0]).statement()
-
-        inputs = [source, weight, *operands.present]
         shape = (*conv.out_shape[:-1], conv.out_block)
-        full = te.extern(shape, inputs, emit, name="out", dtype=conv.work.epilogue.out_dtype)
-        out = full
-        if conv.crops:
-            out = te.compute(conv.out_shape, lambda *at: full[at], name="crop")
-            copies.append("crop")
-        func = te.create_prim_func([data, weight, *operands.present, out])
-        if copies:
-            sch = compat.Schedule(func)
-            for name in copies:
-                copy_stage(sch, compat.get_block(sch, name))
-            func = sch.mod["main"]
-        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+        return stated(
+            data, weight, operands, source, shape, conv.out_shape,
+            lambda *buffers: _Emitter(self, *buffers).statement(), copies,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

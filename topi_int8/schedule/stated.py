@@ -1,0 +1,60 @@
+# Licensed to the Apache Software Foundation (ASF) under one or more contributor license agreements.
+# Licensed under the Apache License, Version 2.0; see http://www.apache.org/licenses/LICENSE-2.0
+"""A function whose output is made by statements, rather than by a computation that is scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import te
+
+from intrinsics import compat
+
+from ..compute.epilogue import Operands
+from .stages import copy_stage
+
+Statement = Callable[[Any, Any, Any, Any, Any, Any], Any]
+
+
+def stated(
+    data: Any, weight: Any, operands: Operands, source: Any, shape: tuple[int, ...],
+    stored: tuple[int, ...], statement: Statement, copies: list[str],
+) -> Any:  # fmt: skip
+    """Return the PrimFunc (data, weight, [bias], [scale], [residual], out).
+
+    Parameters
+    ----------
+    data, weight : te.Tensor
+        Placeholders.
+    operands : Operands
+        What the epilogue reads.
+    source : te.Tensor
+        What statements read for the data: that itself, or a stage that copies it.
+    shape, stored : tuple of int
+        Of what statements write, and of the output; less of the last dimension is a stage "crop".
+    statement : callable
+        (source, weight, bias, scale, residual, out) -> the statement, of buffers; absent ones None.
+    copies : list of str
+        Names of stages that are plain copies.
+    """
+
+    def emit(ins: list[Any], outs: list[Any]) -> Any:
+        present = iter(ins[2:])
+        given = (operands.bias, operands.scale, operands.residual)
+        optional = (None if tensor is None else next(present) for tensor in given)
+        return statement(ins[0], ins[1], *optional, outs[0])
+
+    inputs, dtype = [source, weight, *operands.present], operands.epilogue.out_dtype
+    full = te.extern(shape, inputs, emit, name="out", dtype=dtype)
+    out = full
+    if shape != stored:
+        out = te.compute(stored, lambda *at: full[at], name="crop")
+        copies = [*copies, "crop"]
+    func = te.create_prim_func([data, weight, *operands.present, out])
+    if copies:
+        sch = compat.Schedule(func)
+        for name in copies:
+            copy_stage(sch, compat.get_block(sch, name))
+        func = sch.mod["main"]
+    return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
