@@ -91,7 +91,8 @@ class DotPlan:
     def prefetches(self) -> int:
         """Lines of the next group's weights that a step of a tile asks for; 0: none."""
         vectors = self.tile.blocks * self.tile.vectors
-        return -(-vectors // self.tiles) if self.tiles <= FEW_TILES else 0
+        # A lone tile reads weights as fast as they come.
+        return -(-vectors // self.tiles) if 1 < self.tiles <= FEW_TILES else 0
 
     def schedule(self) -> Any:
         """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
