@@ -179,7 +179,8 @@ class _Emitter:
 
     # ------------------------------------------------------------ sums
 
-    def _sum(self, pixel: int, vector: int) -> list[Any]:
+    def _sum(self, vector: int) -> list[Any]:
+        """Return where a pixel's buffer of sums has a vector."""
         return [i32(vector), tir.Ramp(i32(0), i32(1), self.lanes)]
 
     def _operand(self, operand: Any, at: _Place, vector: int) -> Any:
@@ -195,7 +196,7 @@ class _Emitter:
             if self.bias is not None:
                 value = self._operand(self.bias, at, vector)
             stmts += [
-                tir.BufferStore(self.sums[pixel], value, self._sum(pixel, vector))
+                tir.BufferStore(self.sums[pixel], value, self._sum(vector))
                 for pixel in range(len(self.pixels))
             ]
         return stmts
@@ -219,7 +220,7 @@ class _Emitter:
             spread = tir.Broadcast(word, self.lanes)
             stmts.append(tir.Bind(data, tir.reinterpret(self.data_type, spread)))
             for vector, weight in enumerate(weights):
-                where = self._sum(pixel, vector)
+                where = self._sum(vector)
                 total = self.product(tir.BufferLoad(self.sums[pixel], where), data, weight)
                 stmts.append(tir.BufferStore(self.sums[pixel], total, where))
         return stmts
@@ -274,7 +275,7 @@ class _Emitter:
         values = []
         for pixel, v in pieces:
             vector = b * own + v
-            total = tir.BufferLoad(self.sums[pixel], self._sum(pixel, vector))
+            total = tir.BufferLoad(self.sums[pixel], self._sum(vector))
             scale = scales[vector] if scales else None
             residual = self._residual(at, b, pixel, v)
             if narrows:
