@@ -49,12 +49,16 @@ class Blocks:
     plain : bool
         Whether weights must lie as a layout of OIHW, and sums as the output does: no windows of
         taps, no virtual rows. Relay's packed operators have no other.
+    scheduled : bool
+        Whether the kernel must be a computation that is scheduled, for others to be fused with it,
+        rather than statements.
     """
 
     data: int
     out: int
     stored: int = 0
     plain: bool = False
+    scheduled: bool = False
 
 
 class Plan(Protocol):
@@ -250,7 +254,7 @@ def _spatial_pack(
         kw_inside=uops == 1, out_store=blocks.stored,
     )  # fmt: skip
     per_group = packing.out_blocks // packing.super_groups
-    stated = intrinsic is not None and not blocks.plain
+    stated = intrinsic is not None and not blocks.scheduled
     pixels = x86_dot.pixels_of(conv_work) if stated else (conv_work.oh, conv_work.ow)
     tile, ow_padded = spatial_pack.choose_tile(
         *pixels, per_group, out_block // lanes, registers, uops, not stated

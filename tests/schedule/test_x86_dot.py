@@ -66,8 +66,8 @@ def test_nothing_is_cropped_or_converted_one_by_one():
 
 def test_relay_keeps_the_scheduled_computation():
     work = conv(64, (14, 14), 64, (3, 3), padding=SAME)
-    plain = decide(work, "avx512_vnni").kernel(Blocks(16, 16, plain=True))
-    assert isinstance(plain.plan, SpatialPack)
+    scheduled = decide(work, "avx512_vnni").kernel(Blocks(16, 16, scheduled=True))
+    assert isinstance(scheduled.plan, SpatialPack)
 
 
 def test_pixels_of_a_pointwise_convolution_are_one_row():

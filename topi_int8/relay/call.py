@@ -10,7 +10,7 @@ import numpy as np
 
 from ..compute.depthwise import PackedDepthwise
 from ..compute.winograd import PackedWinograd
-from ..kernel import Blocks, Kernel, MatmulPacking, Workload
+from ..kernel import Blocks, Kernel, MatmulPacking, Workload, default_blocks
 from ..strategy import PROVEN_7BIT, Decision, conv2d, declines_nhwc, matmul
 from ..target import Features
 from ..workload import DTYPE_RANGE, INT8_DTYPES, Conv2dWorkload, MatmulWorkload
@@ -88,8 +88,9 @@ class Request:
         return conv2d(self.work, feats, plain=self.kernel_layout != TRANSFORMED)
 
     def kernel(self, decision: Decision) -> Kernel:
-        """Return the kernel of a decision in this call's blocks."""
-        return decision.kernel(self.blocks)
+        """Return the kernel of a decision in this call's blocks, as a scheduled computation."""
+        blocks = self.blocks or default_blocks(decision.work, decision.feats, decision.layout)
+        return decision.kernel(replace(blocks, scheduled=True))
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
