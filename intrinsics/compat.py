@@ -39,6 +39,8 @@ except ImportError:  # TVM <= 0.19
     detect_linear_equation = tvm.arith.detect_linear_equation
     IS_RELAX = False
 
+# Whether kernels can be statements: those bind vectors to variables (`tir.Bind`).
+STATES = IS_RELAX
 SCHEDULED_ATTR = "tirx.is_scheduled" if IS_RELAX else "tir.is_scheduled"
 NOALIAS_ATTR = "tirx.noalias" if IS_RELAX else "tir.noalias"
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from intrinsics.arm_dot import PRODUCTS, ArmProduct
+from intrinsics.compat import STATES
 from intrinsics.x86_dot import DOT_INTRINSICS, DotIntrinsic
 
 from .compute import winograd as compute_winograd
@@ -254,7 +255,7 @@ def _spatial_pack(
         kw_inside=uops == 1, out_store=blocks.stored,
     )  # fmt: skip
     per_group = packing.out_blocks // packing.super_groups
-    stated = intrinsic is not None and not blocks.scheduled
+    stated = STATES and intrinsic is not None and not blocks.scheduled
     pixels = x86_dot.pixels_of(conv_work) if stated else (conv_work.oh, conv_work.ow)
     tile, ow_padded = spatial_pack.choose_tile(
         *pixels, per_group, out_block // lanes, registers, uops, not stated

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from .kernel import (
+    STATES,
     Blocks,
     Build,
     Kernel,
@@ -384,6 +385,8 @@ def _decide(
         reason = row.accepts(work, feats)
         if reason is None and plain and row.transforms:
             reason = "the weight is to lie in a layout of OIHW"
+        if reason is None and row.alone and not STATES:
+            reason = "this TVM has no statements that bind vectors"
         if reason is None and plain and row.alone:
             reason = "it is a function of its own, and others are to be fused with it"
         if reason is None:
