@@ -91,6 +91,11 @@ def buffer_of(node: Any) -> Any:
     return node.source if IS_RELAX else node.buffer
 
 
+def lanes_of(vector: Any) -> int:
+    """Return the number of elements of a vector expression."""
+    return int(dtype_of(vector).partition("x")[2])
+
+
 def shape_and_dtype(buffer: Any) -> tuple[tuple, str]:
     """Return a buffer's shape and element type."""
     typed = buffer.ty if IS_RELAX else buffer
@@ -159,6 +164,22 @@ def extern_statement(name: str, *args: int) -> Any:
 def i32(value: int) -> Any:
     """Return an int32 constant."""
     return tir.const(value, "int32")
+
+
+def ramp(first: Any, count: int) -> Any:
+    """Return the indices of `count` neighbours from `first` on."""
+    return tir.Ramp(first, i32(1), count)
+
+
+def prefetch(first: Any) -> Any:
+    """Return the statement that fetches a line into the second-level cache (`prefetcht1`)."""
+    operands = tir.address_of(first), *(i32(v) for v in (0, 2, 1))  # read, locality, data
+    return call_statement("llvm.prefetch", *operands)
+
+
+def scheduled(func: Any) -> Any:
+    """Return a function that TVM is to leave as it is, with arguments that do not overlap."""
+    return func.with_attr({SCHEDULED_ATTR: True, NOALIAS_ATTR: True})
 
 
 def sequence(stmts: list[Any]) -> Any:

@@ -347,12 +347,6 @@ def tile_store(tile: int, first: Any, stride: int) -> Any:
     return compat.call_statement("llvm.x86.tilestored64", *operands)
 
 
-def prefetch(first: Any) -> Any:
-    """Return the statement that fetches a line into the second-level cache (`prefetcht1`)."""
-    operands = tir.address_of(first), *(compat.i32(v) for v in (0, 2, 1))  # read, locality, data
-    return compat.call_statement("llvm.prefetch", *operands)
-
-
 def release() -> object:
     """Return the statement that gives the tile registers back (smaller context switches)."""
     return compat.call_statement("llvm.x86.tilerelease")

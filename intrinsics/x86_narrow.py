@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import dtype_of, pure_call, tir
+from .compat import i32, lanes_of, pure_call, tir
 
 LANES = 16
 _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -88,7 +88,7 @@ def narrowed(
     least, most = _RANGE[dtype]
     if not least <= low <= high <= most:
         raise ValueError(f"low, high are {low}, {high}; allowed: within {least}, {most}")
-    lanes = int(dtype_of(values[0]).partition("x")[2])
+    lanes = lanes_of(values[0])
     if lanes not in _PACKS:
         raise ValueError(f"vectors are of {lanes} values; allowed: {', '.join(map(str, _PACKS))}")
 
@@ -123,6 +123,15 @@ def narrowed(
     if high < most:
         packed = tir.min(packed, many(tir.const(high, dtype), 4 * lanes))
     return tir.reinterpret(f"int32x{lanes}", packed)
+
+
+def in_order(words: Any, dtype: str, first: int, count: int) -> Any:
+    """Return `count` of the vectors that were `narrowed` together, from `first` on, as 8 bits."""
+    lanes = lanes_of(words)
+    inside = [word for word in WORDS if word < lanes]
+    order = inside[first * lanes // 4 : (first + count) * lanes // 4]
+    row = tir.Shuffle([words], [i32(word) for word in order])
+    return tir.reinterpret(f"{dtype}x{count * lanes}", row)
 
 
 def _converted(value: Any, lanes: int) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import compat
-from .compat import pure_call, tir
+from .compat import lanes_of, pure_call, tir
 
 LANE = 16  # bytes
 
@@ -43,7 +43,7 @@ def interleaved(rows: list[Any]) -> list[Any]:
 
 def _unpacked(a: Any, b: Any, size: int) -> list[Any]:
     """Return `vpunpckl` and `vpunpckh` of units of `size` bytes."""
-    total, halves = _length(a), []
+    total, halves = lanes_of(a), []
     for start in (0, LANE // 2):
         order = [
             side * total + lane + start + at + byte
@@ -66,7 +66,7 @@ def vpdpbusd(acc: Any, data: Any, weight: Any) -> Any:
     data, weight : PrimExpr
         uint8 and int8 vectors of four times as many elements.
     """
-    dtype, lanes = compat.dtype_of(acc), _length(acc)
+    dtype, lanes = compat.dtype_of(acc), lanes_of(acc)
     # LLVM 22 changed the operands from int32 vectors to int8 vectors; same instruction.
     words = f"int8x{4 * lanes}" if compat.llvm_major() >= 22 else dtype
     a, b = (tir.reinterpret(words, value) for value in (data, weight))
@@ -80,13 +80,13 @@ _MADDWD = {16: "avx512.pmaddw.d.512", 8: "avx2.pmadd.wd", 4: "sse2.pmadd.wd"}
 
 def maddwd(acc: Any, a: Any, b: Any) -> Any:
     """Return ``acc[i] + a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]`` for int16 vectors."""
-    lanes = _length(acc)
+    lanes = lanes_of(acc)
     return acc + pure_call(f"llvm.x86.{_MADDWD[lanes]}", f"int32x{lanes}", a, b)
 
 
 def vpmaddubsw(acc: Any, data: Any, weight: Any) -> Any:
     """Return what `vpdpbusd` does, as long as no sum of two products leaves int16."""
-    lanes = _length(acc)
+    lanes = lanes_of(acc)
     name = f"llvm.x86.{_MADDUBSW[lanes]}"
     pairs = pure_call(name, f"int16x{2 * lanes}", data, weight)
     return maddwd(acc, pairs, tir.Broadcast(tir.const(1, "int16"), 2 * lanes))
@@ -94,7 +94,7 @@ def vpmaddubsw(acc: Any, data: Any, weight: Any) -> Any:
 
 def vpmaddwd(acc: Any, data: Any, even: Any, odd: Any) -> Any:
     """Return what `vpdpbusd` does; `even` and `odd` are every other weight, as int16."""
-    lanes = _length(acc)
+    lanes = lanes_of(acc)
     words = tir.reinterpret(f"int16x{2 * lanes}", data)
     low = words & tir.Broadcast(tir.const(255, "int16"), 2 * lanes)
     high = tir.reinterpret(f"uint16x{2 * lanes}", data)
@@ -109,14 +109,10 @@ def _whole(tile: Any) -> list[Any]:
 
 def _halves(tile: Any) -> list[Any]:
     """Return the even and the odd elements of an int8 vector as int16."""
-    lanes = _length(tile) // 2
+    lanes = lanes_of(tile) // 2
     words = tir.reinterpret(f"int16x{lanes}", tile)
     byte = tir.Broadcast(tir.const(8, "int16"), lanes)
     return [(words << byte) >> byte, words >> byte]
-
-
-def _length(vector: Any) -> int:
-    return int(compat.dtype_of(vector).partition("x")[2])
 
 
 @dataclass(frozen=True)

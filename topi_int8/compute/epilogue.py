@@ -15,7 +15,7 @@ from typing import Any
 from tvm import te
 
 from intrinsics.compat import dtype_of, tir
-from intrinsics.x86_narrow import ROUND, ROUND_BITS
+from intrinsics.x86_narrow import ROUND, ROUND_BITS, narrowed
 
 from ..workload import Epilogue
 
@@ -103,6 +103,13 @@ def stored_value(epilogue: Epilogue, value: Any) -> Any:
     if epilogue.out_dtype == "float32":
         return clip_value(value, low, high, "float32")
     return quantize_value(value, epilogue.out_zero_point, low, high, epilogue.out_dtype)
+
+
+def narrowed_values(epilogue: Epilogue, values: list[Any], converts: bool = False) -> Any:
+    """Return what is stored of float32 vectors in 8 bits, by x86's packing: see `narrowed`."""
+    low, high = (int(bound) for bound in epilogue.bounds())
+    ends = (epilogue.out_zero_point, low, high)
+    return narrowed(values, epilogue.out_dtype, *ends, epilogue.bounded, converts)
 
 
 @dataclass(frozen=True)

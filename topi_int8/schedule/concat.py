@@ -17,7 +17,7 @@ from typing import Any
 from tvm import te
 
 from intrinsics import compat
-from intrinsics.compat import i32, tir
+from intrinsics.compat import ramp, tir
 
 from ..compute.epilogue import dequantize_value, stored_value
 from ..layout import Layout, round_up
@@ -99,7 +99,7 @@ class Concat:
             name="concat", dtype=dtype,
         )  # fmt: skip
         func = te.create_prim_func([*inputs, out])
-        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+        return compat.scheduled(func)
 
     def _emit(self, ins: list[Any], out: Any) -> Any:
         """Return a loop over image rows, in parallel where they are worth it."""
@@ -124,7 +124,7 @@ class Concat:
         return compat.loop(k, count // run, [compat.loop(x, self.w, [store(x, k * run)])])
 
     def _place(self, at: tuple, channel: Any, x: Any, block: int, run: int) -> list[Any]:
-        lanes = tir.Ramp(tir.floormod(channel, block), i32(1), run)
+        lanes = ramp(tir.floormod(channel, block), run)
         return [at[0], tir.floordiv(channel, block), at[1], x, lanes]
 
     def _part(

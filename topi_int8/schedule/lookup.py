@@ -18,7 +18,7 @@ from tvm import te
 
 from intrinsics import compat
 from intrinsics.byte_lookup import TABLE, ByteLookup
-from intrinsics.compat import i32, tir
+from intrinsics.compat import i32, ramp, tir
 
 from ..workload import INT8_DTYPES
 
@@ -80,7 +80,7 @@ class Lookup:
             name="lookup", dtype=self.out_dtype,
         )  # fmt: skip
         func = te.create_prim_func([data, table, out])
-        return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+        return compat.scheduled(func)
 
     def _tasks(self, steps: int) -> int:
         return max(1, min(self.size // _TASK_BYTES, _MOST_TASKS, steps))
@@ -109,18 +109,16 @@ class Lookup:
         shuffle = self.vectors
         lanes, signed = shuffle.lanes, f"int8x{shuffle.lanes}"
 
-        def ramp(first: Any) -> Any:
-            return tir.Ramp(first, i32(1), lanes)
-
         # LLVM keeps the rows in registers as far as there are some: they do not change.
         rows = [
-            tir.BufferLoad(table, [i32(row), ramp(i32(0))]).astype(signed)
+            tir.BufferLoad(table, [i32(row), ramp(i32(0), lanes)]).astype(signed)
             for row in range(self.table_shape[0])
         ]
 
         def step(at: Any) -> Any:
-            found = shuffle.look(rows, tir.BufferLoad(data, [ramp(at)]).astype(signed))
-            return tir.BufferStore(out, found.astype(f"{self.out_dtype}x{lanes}"), [ramp(at)])
+            where = [ramp(at, lanes)]
+            found = shuffle.look(rows, tir.BufferLoad(data, where).astype(signed))
+            return tir.BufferStore(out, found.astype(f"{self.out_dtype}x{lanes}"), where)
 
         body = [self._rows(step, self.size // lanes, lanes)]
         if self.size % lanes:

@@ -61,7 +61,7 @@ def schedule_alone(plan: Any, tensors: list[Any]) -> Any:
         if name in names:
             copy_stage(sch, compat.get_block(sch, name))
     func = roll(sch.mod["main"])
-    return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+    return compat.scheduled(func)
 
 
 def divisors(n: int, limit: int) -> list[int]:

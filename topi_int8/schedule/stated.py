@@ -57,4 +57,11 @@ def stated(
         for name in copies:
             copy_stage(sch, compat.get_block(sch, name))
         func = sch.mod["main"]
-    return func.with_attr({compat.SCHEDULED_ATTR: True, compat.NOALIAS_ATTR: True})
+    return compat.scheduled(func)
+
+
+def task_loop(task: Any, count: int, body: list[Any], buffers: list[Any]) -> Any:
+    """Return the parallel loop over tasks, each with buffers of its own."""
+    block = compat.Block([], [], [], "task", compat.sequence(body), None, buffers, [], {})
+    inner = [compat.BlockRealize([], True, block)]
+    return compat.loop(task, count, inner, parallel=count > 1)

@@ -29,14 +29,14 @@ from functools import cached_property
 from typing import Any
 
 from intrinsics import compat, x86_amx
-from intrinsics.compat import i32, loop, sequence, tir
-from intrinsics.x86_narrow import LANES, WORDS, narrowed, shifted
+from intrinsics.compat import i32, loop, prefetch, ramp, sequence, tir
+from intrinsics.x86_narrow import LANES, in_order, shifted
 
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
-from ..compute.epilogue import apply, real_value
+from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES
 from .stages import divisors
-from .stated import stated
+from .stated import stated, task_loop
 from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
@@ -318,10 +318,7 @@ class _Emitter:
             drain,
             x86_amx.release(),
         ]
-        buffers = [self.sums, self.carried]
-        block = compat.Block([], [], [], "task", sequence(steps), None, buffers, [], {})
-        inner = [compat.BlockRealize([], True, block)]
-        return loop(task, plan.tasks, inner, parallel=plan.tasks > 1)
+        return task_loop(task, plan.tasks, steps, [self.sums, self.carried])
 
     def _carried(self, at: int) -> Any:
         return tir.BufferLoad(self.carried, [i32(at)])
@@ -423,7 +420,7 @@ class _Emitter:
         own = range(self.plan.n_tiles) if self.plan.pixels.blocks == 1 else [at.block]
         lines = [(tile, row) for tile in own for row in range(self.plan.step // 4)]
         return [
-            x86_amx.prefetch(self._weight(at, place, self.plan.n_tiles + tile, row))
+            prefetch(self._weight(at, place, self.plan.n_tiles + tile, row))
             for tile, row in lines
         ]
 
@@ -487,8 +484,8 @@ class _Place:
         emitter = self.emitter
         if emitter.scale is None:
             return [None] * emitter.plan.n_tiles
-        ramps = [tir.Ramp(self.channel + 16 * j, i32(1), LANES) for j in range(self._n)]
-        loads = [tir.BufferLoad(emitter.scale, [self.ob, ramp]) for ramp in ramps]
+        lanes = [ramp(self.channel + 16 * j, LANES) for j in range(self._n)]
+        loads = [tir.BufferLoad(emitter.scale, [self.ob, lane]) for lane in lanes]
         return [self._bind(f"scale{j}", load) for j, load in enumerate(loads)]
 
     @property
@@ -506,7 +503,7 @@ class _Place:
             pixel = row + emitter.plan.pixels.pixel(y, x, offset)
             places.append(pixel)
             for j in range(self._n):
-                index = [half, i32(j), i32(q), tir.Ramp(i32(0), i32(1), LANES)]
+                index = [half, i32(j), i32(q), ramp(i32(0), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
                 residual = self._residual(pixel, j)
                 if narrows:
@@ -515,13 +512,11 @@ class _Place:
                     values.append(apply(epi, total, None, scales[j], residual))
         width = 16 * self._n
         if narrows:
-            low, high = (int(bound) for bound in epi.bounds())
-            words = narrowed(values, epi.out_dtype, epi.out_zero_point, low, high, epi.bounded)
+            words = narrowed_values(epi, values)
             packed = tir.Var("words", compat.dtype_of(words))
             stores = [tir.Bind(packed, words)]
             for p, pixel in enumerate(places):
-                order = [i32(w) for w in WORDS[p * width // 4 : (p + 1) * width // 4]]
-                row = tir.reinterpret(f"{epi.out_dtype}x{width}", tir.Shuffle([packed], order))
+                row = in_order(packed, epi.out_dtype, p * self._n, self._n)
                 stores.append(self._put(row, pixel, 0, width))
             return sequence(stores)
         stores = []
@@ -531,8 +526,7 @@ class _Place:
         return sequence(stores)
 
     def _put(self, value: Any, pixel: Any, channel: int, width: int) -> Any:
-        ramp = tir.Ramp(self.channel + channel, i32(1), width)
-        index = [self.n, self.ob, i32(0), pixel, ramp]
+        index = [self.n, self.ob, i32(0), pixel, ramp(self.channel + channel, width)]
         return tir.BufferStore(self.emitter.out, value, index)
 
     def _residual(self, pixel: Any, j: int) -> Any:
@@ -541,7 +535,7 @@ class _Place:
         if emitter.residual is None:
             return None
         epi = conv.work.epilogue
-        channel = tir.Ramp(self.channel + 16 * j, i32(1), LANES)
+        channel = ramp(self.channel + 16 * j, LANES)
         if conv.crops:  # the surplus of the last block is not stored
             channel = tir.min(channel, i32(conv.out_store - 1))
         index = [self.n, self.ob, i32(0), pixel, channel]

@@ -17,19 +17,17 @@ of a 3x3 with stride 1: 4 of interleaving, 12 dot products, 16 to 23 to requanti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from intrinsics import compat
-from intrinsics.compat import i32, loop, sequence, tir
-from intrinsics.x86_narrow import narrowed
+from intrinsics.compat import i32, loop, ramp, sequence, tir
 from intrinsics.x86_rows import LANE, ROW_PRODUCTS, RowProduct, interleaved
 
 from ..compute.depthwise import PackedDepthwise, declare
-from ..compute.epilogue import apply, real_value, stored_value
+from ..compute.epilogue import apply, narrowed_values, real_value, stored_value
 from .stages import rows_per_task
-from .stated import stated
+from .stated import stated, task_loop
 from .x86_depthwise_lanes import Columns, Rows, narrows
 
 # Dot products that are unrolled; of more the horizontal taps are a loop.
@@ -109,13 +107,7 @@ class LanesPlan:
         if emitters[1:]:
             body = tir.IfThenElse(cb < conv.blocks - 1, body, share(emitters[1]))
         buffers = [buffer for emitter in emitters for buffer in emitter.buffers]
-        block = compat.Block([], [], [], "task", body, None, buffers, [], {})
-        inner = [compat.BlockRealize([], True, block)]
-        return loop(task, tasks, inner, parallel=tasks > 1)
-
-
-def _ramp(first: Any, count: int) -> Any:
-    return tir.Ramp(first, i32(1), count)
+        return task_loop(task, tasks, [body], buffers)
 
 
 @dataclass(frozen=True)
@@ -253,7 +245,7 @@ class _Emitter:
             for pair, (row, group) in enumerate(self.rows.pairs):
                 kw, taps = tir.Var("kw", "int32"), self.rows.taps(row, group)
                 tiles = interleaved([self._tap(cb, tap, kw, lane) for tap in taps])
-                where = _ramp(i32(lane * self.elements), vector * self.elements)
+                where = ramp(i32(lane * self.elements), vector * self.elements)
                 stores = [
                     tir.BufferStore(self.taps, part, [i32(pair), kw, i32(v), i32(p), where])
                     for v, tile in enumerate(tiles)
@@ -267,8 +259,8 @@ class _Emitter:
             for lane in range(columns.operand_lanes):
                 for v in range(4):
                     channel = lane % columns.lanes * LANE + 4 * v
-                    value = tir.BufferLoad(source, [cb, _ramp(i32(channel), 4)])
-                    index = [i32(v), _ramp(i32(4 * lane), 4)]
+                    value = tir.BufferLoad(source, [cb, ramp(i32(channel), 4)])
+                    index = [i32(v), ramp(i32(4 * lane), 4)]
                     stmts.append(tir.BufferStore(target, value, index))
         return stmts
 
@@ -279,7 +271,7 @@ class _Emitter:
             return tir.Broadcast(tir.const(0, "int8"), vector * LANE)
 
         def load(at: Any, count: int) -> Any:
-            index = [cb, i32(tap), kw, _ramp(at, count)]
+            index = [cb, i32(tap), kw, ramp(at, count)]
             return tir.BufferLoad(self.weight, index)
 
         return self._pieces(lane, vector, load)
@@ -305,7 +297,7 @@ class _Emitter:
                 if isinstance(begin, int) and isinstance(end, int) and begin == end:
                     continue
                 lane = tir.Var("lane", "int32")
-                where = _ramp((begin * columns.lanes + lane) * LANE, LANE)
+                where = ramp((begin * columns.lanes + lane) * LANE, LANE)
                 fills = [
                     tir.BufferStore(
                         self.lines, self._border(LANE), [i32(p), i32(group), i32(v), where]
@@ -327,7 +319,7 @@ class _Emitter:
 
         checked : whether rows may be outside of the image.
         """
-        columns, work, rows, stmts = self.columns, self.conv.work, self.rows, []
+        columns, work, rows = self.columns, self.conv.work, self.rows
         vector = columns.gathered
         width = vector * LANE
         first, last = at.ends[p]
@@ -346,7 +338,7 @@ class _Emitter:
                 loaded.append(tir.Var(f"row{t}", compat.dtype_of(value)))
                 stmts.append(tir.Bind(loaded[-1], value))
             for v, tile in enumerate(interleaved(loaded)):
-                index = [i32(p), i32(group), i32(v), _ramp(lane * LANE, width)]
+                index = [i32(p), i32(group), i32(v), ramp(lane * LANE, width)]
                 stmts.append(tir.BufferStore(self.lines, tile, index))
         return stmts
 
@@ -358,7 +350,7 @@ class _Emitter:
         vector = columns.gathered
 
         def load(at: Any, count: int) -> Any:
-            return tir.BufferLoad(self.data, [place.n, place.cb, row, column, _ramp(at, count)])
+            return tir.BufferLoad(self.data, [place.n, place.cb, row, column, ramp(at, count)])
 
         lanes = i32(columns.lanes)
         x, within = tir.floordiv(lane, lanes), tir.floormod(lane, lanes)
@@ -392,8 +384,8 @@ class _Emitter:
             for v in range(4):
                 value = tir.Broadcast(i32(0), self.count)
                 if self.bias is not None:
-                    value = tir.BufferLoad(self.biases, [i32(v), _ramp(at * 4, self.count)])
-                stmts.append(tir.BufferStore(sums, value, [i32(v), _ramp(i32(0), self.count)]))
+                    value = tir.BufferLoad(self.biases, [i32(v), ramp(at * 4, self.count)])
+                stmts.append(tir.BufferStore(sums, value, [i32(v), ramp(i32(0), self.count)]))
         # A pass of the loop over horizontal taps takes one of each phase.
         a_pass = work.strides[1]
         passes = work.kw // a_pass if 4 * work.kw * len(self.rows.pairs) > UNROLLED else 0
@@ -417,16 +409,16 @@ class _Emitter:
             pairs = [(i, row) for i, (row, g) in enumerate(self.rows.pairs) if g == group]
             for v in range(4):
                 first = (lane + offset * columns.lanes) * LANE
-                index = [i32(phase), i32(group), i32(v), _ramp(first, width)]
+                index = [i32(phase), i32(group), i32(v), ramp(first, width)]
                 data = tir.Var("data", f"uint8x{width}")
                 stmts.append(tir.Bind(data, tir.BufferLoad(self.lines, index)))
                 for pair, row in pairs:
-                    own = _ramp(at * self.elements, columns.computed * self.elements)
+                    own = ramp(at * self.elements, columns.computed * self.elements)
                     weights = [
                         tir.BufferLoad(self.taps, [i32(pair), more + kw, i32(v), i32(part), own])
                         for part in range(self.product.parts)
                     ]
-                    where = [i32(v), _ramp(i32(0), self.count)]
+                    where = [i32(v), ramp(i32(0), self.count)]
                     total = tir.BufferLoad(self.sums[row], where)
                     total = self.product.add(total, data, *weights)
                     stmts.append(tir.BufferStore(self.sums[row], total, where))
@@ -438,50 +430,55 @@ class _Emitter:
         to = place.start * self.columns.lanes + lane
         sums, values = self.sums[row], []
         for v in range(4):
-            total = tir.BufferLoad(sums, [i32(v), _ramp(i32(0), self.count)])
+            total = tir.BufferLoad(sums, [i32(v), ramp(i32(0), self.count)])
             scale = None
             if self.scale is not None:
-                scale = tir.BufferLoad(self.scales, [i32(v), _ramp(at, self.count)])
+                scale = tir.BufferLoad(self.scales, [i32(v), ramp(at, self.count)])
             if narrows(epi) or self.residual is not None:
                 values.append(real_value(epi, total, scale, None))
             else:
                 values.append(apply(epi, total, None, scale, None))
 
-        def where(lanes: Any, count: int) -> list[Any]:
-            return [place.n, place.cb, place.y + row, i32(0), _ramp(lanes, count)]
+        if not narrows(epi):
+            return self._in_pieces(place, to, row, values)
+        width = self.columns.computed * LANE
+        words = narrowed_values(epi, values, converts=True)
+        packed = tir.reinterpret(f"{epi.out_dtype}x{width}", words)
+        if self.columns.dense:
+            index = self._where(place, row, to * LANE, width)
+            return [tir.BufferStore(self.out, packed, index)]
+        return self._padded(packed, place, row, tir.floordiv(to, i32(self.columns.lanes)))
 
-        if narrows(epi):
-            low, high = (int(bound) for bound in epi.bounds())
-            ends = (epi.out_zero_point, low, high)
-            words = narrowed(values, epi.out_dtype, *ends, epi.bounded, converts=True)
-            width = self.columns.computed * LANE
-            packed = tir.reinterpret(f"{epi.out_dtype}x{width}", words)
-            if self.columns.dense:
-                return [tir.BufferStore(self.out, packed, where(to * LANE, width))]
-            return self._padded(packed, tir.floordiv(to, i32(self.columns.lanes)), where)
-        stmts = []
+    @staticmethod
+    def _where(place: _Place, row: int, first: Any, count: int) -> list[Any]:
+        """Return the index of bytes of one of a block's output rows."""
+        return [place.n, place.cb, place.y + row, i32(0), ramp(first, count)]
+
+    def _in_pieces(self, place: _Place, to: Any, row: int, values: list[Any]) -> list[Any]:
+        """Return the stores of wider outputs, and of those with a residual: each vector has four
+        neighbours of a lane, which meet a residual in order.
+        """
+        epi, lanes, stmts = self.conv.work.epilogue, range(self.columns.computed), []
         for v, value in enumerate(values):
             named = tir.Var("value", compat.dtype_of(value))
             stmts.append(tir.Bind(named, value))
-            for i in range(self.columns.computed):
+            for i in lanes:
                 part = tir.Shuffle([named], [i32(4 * i + j) for j in range(4)])
                 first = i * LANE + 4 * v
+                target, index = self.ordered, [ramp(i32(first), 4)]
                 if self.residual is None:
-                    index = where(to * LANE + first, 4)
-                    stmts.append(tir.BufferStore(self.out, part, index))
-                else:
-                    index = [_ramp(i32(first), 4)]
-                    stmts.append(tir.BufferStore(self.ordered, part, index))
-        if self.residual is not None:
-            for i in range(self.columns.computed):
-                index = where((to + i) * LANE, LANE)
-                value = tir.BufferLoad(self.ordered, [_ramp(i32(i * LANE), LANE)])
-                value = real_value(epi, value, None, tir.BufferLoad(self.residual, index))
-                stmts.append(tir.BufferStore(self.out, stored_value(epi, value), index))
+                    target, index = self.out, self._where(place, row, to * LANE + first, 4)
+                stmts.append(tir.BufferStore(target, part, index))
+        if self.residual is None:
+            return stmts
+        for i in lanes:
+            index = self._where(place, row, (to + i) * LANE, LANE)
+            value = tir.BufferLoad(self.ordered, [ramp(i32(i * LANE), LANE)])
+            value = real_value(epi, value, None, tir.BufferLoad(self.residual, index))
+            stmts.append(tir.BufferStore(self.out, stored_value(epi, value), index))
         return stmts
 
-
-    def _padded(self, packed: Any, x: Any, where: Callable[[Any, int], list[Any]]) -> list[Any]:
+    def _padded(self, packed: Any, place: _Place, row: int, x: Any) -> list[Any]:
         """Return the stores of whole pixels, from the x-th on: padding is the zero point."""
         size, block, epi = self.columns.lanes * LANE, self.conv.block, self.conv.work.epilogue
         named = tir.Var("packed", compat.dtype_of(packed))
@@ -490,7 +487,8 @@ class _Emitter:
         for i in range(self.columns.computed // self.columns.lanes):
             own = tir.Shuffle([named], [i32(i * size + j) for j in range(size)])
             pixel = _joined([(own, size), (rest, block - size)])
-            stmts.append(tir.BufferStore(self.out, pixel, where((x + i) * block, block)))
+            index = self._where(place, row, (x + i) * block, block)
+            stmts.append(tir.BufferStore(self.out, pixel, index))
         return stmts
 
 

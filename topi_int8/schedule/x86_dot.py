@@ -15,18 +15,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from intrinsics import compat, x86_amx
-from intrinsics.compat import i32, loop, tir
+from intrinsics import compat
+from intrinsics.compat import i32, loop, prefetch, ramp, tir
 from intrinsics.x86_dot import DotIntrinsic
-from intrinsics.x86_narrow import WORDS, narrowed
+from intrinsics.x86_narrow import in_order
 from intrinsics.x86_rows import maddwd, vpdpbusd, vpmaddubsw
 
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
-from ..compute.epilogue import apply, real_value
+from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES, Conv2dWorkload
 from .spatial_pack import Tile
 from .stages import TASKS
-from .stated import stated
+from .stated import stated, task_loop
 
 PRODUCTS = {"vpdpbusd": vpdpbusd, "vpmaddubsw": vpmaddubsw, "vpmaddwd": maddwd}
 # Tiles of an image up to which a group's weights are used so seldom that reading them shows.
@@ -162,10 +162,7 @@ class _Emitter:
         )
         body = [tir.Bind(number, share * plan.share + each), *self._tile(at)]
         tiles = loop(each, tir.min(i32(plan.share), plan.tiles - share * plan.share), body)
-        tasks = conv.work.n * blocks * parts * shares
-        block = compat.Block([], [], [], "task", tiles, None, self.sums, [], {})
-        inner = [compat.BlockRealize([], True, block)]
-        return loop(task, tasks, inner, parallel=tasks > 1)
+        return task_loop(task, conv.work.n * blocks * parts * shares, [tiles], self.sums)
 
     def _tile(self, at: _Place) -> list[Any]:
         conv = self.conv
@@ -181,12 +178,12 @@ class _Emitter:
 
     def _sum(self, vector: int) -> list[Any]:
         """Return where a pixel's buffer of sums has a vector."""
-        return [i32(vector), tir.Ramp(i32(0), i32(1), self.lanes)]
+        return [i32(vector), ramp(i32(0), self.lanes)]
 
     def _operand(self, operand: Any, at: _Place, vector: int) -> Any:
         """Return a vector of the bias or the scale."""
         b, v = self.vectors[vector]
-        channel = tir.Ramp(at.channel + v * self.lanes, i32(1), self.lanes)
+        channel = ramp(at.channel + v * self.lanes, self.lanes)
         return tir.BufferLoad(operand, [at.ob + b, channel])
 
     def _start(self, at: _Place) -> list[Any]:
@@ -207,11 +204,11 @@ class _Emitter:
         for j in range(plan.prefetches):
             total = len(self.vectors)
             vector = tir.min(at.number * plan.prefetches + j, i32(total - 1)) + total
-            stmts.append(x86_amx.prefetch(self._weight(at, place, vector, i32(0))))
+            stmts.append(prefetch(self._weight(at, place, vector, i32(0))))
         weights = []
         for vector, (b, v) in enumerate(self.vectors):
             own = i32(b * (conv.out_block // self.lanes) + v)
-            lanes = tir.Ramp(i32(0), i32(1), self.lanes * conv.k)
+            lanes = ramp(i32(0), self.lanes * conv.k)
             weights.append(tir.Var(f"weight{vector}", self.weight_type))
             stmts.append(tir.Bind(weights[-1], self._weight(at, place, own, lanes)))
         for pixel, offset in enumerate(self.pixels):
@@ -238,11 +235,11 @@ class _Emitter:
         conv, work = self.conv, self.conv.work
         (sh, sw), (dh, dw) = work.strides, work.dilation
         row = (at.y + y) * sh + place["kh"] * dh
-        channel = tir.Ramp(place["ik"] * conv.k, i32(1), conv.k)
+        channel = ramp(place["ik"] * conv.k, conv.k)
         if conv.window:
             start = (at.x + x) * (sw * conv.in_block) + place["ik"] * conv.k
             return tir.BufferLoad(
-                self.source, [at.n, i32(0), row, tir.Ramp(start, i32(1), conv.k)]
+                self.source, [at.n, i32(0), row, ramp(start, conv.k)]
             )
         column = (at.x + x) * sw + place["kw"] * dw
         block = conv.first_in_block(at.ob) + place["cb"]
@@ -302,29 +299,23 @@ class _Emitter:
                 at, b, pieces[2:], values[2:]
             )
         epi = self.conv.work.epilogue
-        low, high = (int(bound) for bound in epi.bounds())
-        ends = (epi.out_zero_point, low, high)
-        words = narrowed(values, epi.out_dtype, *ends, epi.bounded, converts=True)
+        words = narrowed_values(epi, values, converts=True)
         packed = tir.Var("words", compat.dtype_of(words))
         stmts = [tir.Bind(packed, words)]
-        order = [word for word in WORDS if word < self.lanes]
-        quarter = self.lanes // 4  # words of a vector
         # Whole blocks of neighbouring pixels are one run of bytes, else each pixel's vectors.
         dense = self.tile.vectors * self.lanes == self.conv.out_block
         runs = [pieces] if dense else _runs(pieces)
         first = 0
         for run in runs:
-            words_of = order[first * quarter : (first + len(run)) * quarter]
-            row = tir.Shuffle([packed], [i32(word) for word in words_of])
-            count = len(run) * self.lanes
-            row = tir.reinterpret(f"{epi.out_dtype}x{count}", row)
-            stmts.append(tir.BufferStore(self.out, row, self._where(at, b, *run[0], count)))
+            row = in_order(packed, epi.out_dtype, first, len(run))
+            where = self._where(at, b, *run[0], len(run) * self.lanes)
+            stmts.append(tir.BufferStore(self.out, row, where))
             first += len(run)
         return stmts
 
     def _where(self, at: _Place, b: int, pixel: int, v: int, count: int) -> list[Any]:
         y, x = self.pixels[pixel]
-        channel = tir.Ramp(at.channel + v * self.lanes, i32(1), count)
+        channel = ramp(at.channel + v * self.lanes, count)
         return [at.n, at.ob + b, at.y + y, at.x + x, channel]
 
     def _residual(self, at: _Place, b: int, pixel: int, v: int) -> Any:
