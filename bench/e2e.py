@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tvm
@@ -52,25 +52,63 @@ class CheckError(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
-    """How networks are run.
+class NetworkOptions:
+    """What networks are run, and beside whom.
 
     Parameters
     ----------
     target : Target
-    place : Place
     threads, batch : int
         Of every engine; the process is pinned already (`site.opened`).
     image : int
         Side of the square input.
-    calibration, inputs : int
-        Images to calibrate on, and to compare int8 with torch's fp32 on.
+    calibration : int
+        Images to calibrate on.
     weight_bits : int
         7 or 8; 0 is what the target multiplies fastest.
     rivals : tuple of str
-        Of `RIVALS`.
+        Of `known`.
     tvm_limit : float
-        Seconds beyond which stock TVM is not run.
+        Seconds of one run beyond which stock TVM is not run.
+    """
+
+    known: ClassVar[tuple[str, ...]] = RIVALS
+    counts: ClassVar[tuple[str, ...]] = ("threads", "batch", "image", "calibration")
+
+    target: Target
+    threads: int = 1
+    batch: int = 1
+    image: int = 224
+    calibration: int = 16
+    weight_bits: int = 0
+    rivals: tuple[str, ...] = RIVALS
+    tvm_limit: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in self.counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.weight_bits not in (0, 7, 8):
+            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 7, 8, or 0 (choose)")
+        for name in self.rivals:
+            if name not in self.known:
+                raise ValueError(f"rivals has {name!r}; allowed: {', '.join(self.known)}, none")
+
+    @property
+    def bits(self) -> int:
+        """The weight bits, chosen."""
+        return self.weight_bits or models.default_weight_bits(self.target)
+
+
+@dataclass(frozen=True)
+class Options(NetworkOptions):
+    """How networks are timed.
+
+    Parameters
+    ----------
+    place : Place
+    inputs : int
+        Images to compare int8 with torch's fp32 on.
     min_time : float
         Seconds each engine is sampled a network, over all rounds.
     rounds : int
@@ -83,16 +121,10 @@ class Options:
         Where the rivals' forms of the networks are kept; None: nowhere.
     """
 
-    target: Target
+    counts: ClassVar[tuple[str, ...]] = (*NetworkOptions.counts, "inputs", "rounds")
+
     place: Place = HERE
-    threads: int = 1
-    batch: int = 1
-    image: int = 224
-    calibration: int = 16
     inputs: int = 4
-    weight_bits: int = 0
-    rivals: tuple[str, ...] = RIVALS
-    tvm_limit: float = 5.0
     min_time: float = 2.0
     rounds: int = 5
     layers: bool = True
@@ -100,22 +132,10 @@ class Options:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("threads", "batch", "image", "calibration", "inputs", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        super().__post_init__()
         for name in ("min_time", "tvm_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: seconds > 0")
-        if self.weight_bits not in (0, 7, 8):
-            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 7, 8, or 0 (choose)")
-        for name in self.rivals:
-            if name not in RIVALS:
-                raise ValueError(f"rivals has {name!r}; allowed: {', '.join(RIVALS)}, none")
-
-    @property
-    def bits(self) -> int:
-        """The weight bits, chosen."""
-        return self.weight_bits or models.default_weight_bits(self.target)
 
 
 @dataclass(frozen=True)
@@ -409,7 +429,7 @@ def run(request: site.Request, plan: Plan, note: str, console: Console | None = 
     """
     console = console or Console()
     with site.opened(request) as where:
-        options = Options(where.target, where.place, request.threads, **plan.settings)
+        options = Options(where.target, request.threads, place=where.place, **plan.settings)
         found = [
             run_network(name, replace(options, batch=batch), console)
             for name in plan.networks

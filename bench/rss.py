@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tvm
 from rich.console import Console
@@ -26,6 +26,7 @@ from topi_int8.frontend.torch import from_torch
 from . import models, report
 from .e2e import RIVALS as ENGINES
 from .e2e import TITLES as ENGINE_TITLES
+from .e2e import NetworkOptions
 from .place import first_line
 from .rivals import Unavailable
 from .rivals.networks import NETWORK_RIVALS, NetworkFiles
@@ -39,44 +40,13 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Options:
-    """How memory is measured.
+class Options(NetworkOptions):
+    """How memory is measured."""
 
-    Parameters
-    ----------
-    target : Target
-    threads, batch, image, calibration : int
-    weight_bits : int
-        7 or 8; 0 is what the target multiplies fastest.
-    rivals : tuple of str
-        Of `RIVALS`.
-    tvm_limit : float
-        Seconds of one run beyond which stock TVM is not run.
-    """
+    known: ClassVar[tuple[str, ...]] = RIVALS
 
-    target: Target
-    threads: int = 1
-    batch: int = 1
-    image: int = 224
-    calibration: int = 16
-    weight_bits: int = 0
     rivals: tuple[str, ...] = RIVALS
     tvm_limit: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "batch", "image", "calibration"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
-        if self.weight_bits not in (0, 7, 8):
-            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 7, 8, or 0 (choose)")
-        for name in self.rivals:
-            if name not in RIVALS:
-                raise ValueError(f"rivals has {name!r}; allowed: {', '.join(RIVALS)}, none")
-
-    @property
-    def bits(self) -> int:
-        """The weight bits, chosen."""
-        return self.weight_bits or models.default_weight_bits(self.target)
 
 
 @dataclass(frozen=True)
