@@ -41,6 +41,8 @@ from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
+# Bytes of weights up to which none are fetched ahead.
+PREFETCHED = 32 << 10
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,15 @@ class Pipeline:
         return self.depth > 1
 
     @property
-    def prefetches(self) -> bool:
-        """Whether the next group's weights are fetched into the second-level cache.
+    def prefetches(self) -> int:
+        """Lines of the next group's weights that a step fetches into the second-level cache.
 
-        A network's weights are rarely in it, and one or two blocks do not use a group's often
-        enough to hide that.
+        A network's weights are rarely in it. A group's blocks share its lines out in the order of
+        memory, for the processor itself fetches ahead only of what is read in that order.
         """
-        return self.pixels.blocks <= 2
+        if math.prod(self.conv.weight_shape) <= PREFETCHED:
+            return 0
+        return -(-self.n_tiles * self.step // 4 // (self.bands * self.pixels.blocks))
 
     @property
     def buffers(self) -> int:
@@ -358,10 +362,10 @@ class _Emitter:
 
     def _step(self, at: _Place, step: Any) -> list[Any]:
         """Return one step, each product with the loads it waits for."""
-        place = {}
+        place, number = {}, step
         for name, extent in reversed(self.plan.steps.items()):
             place[name], step = tir.floormod(step, i32(extent)), tir.floordiv(step, i32(extent))
-        out, pending = [], self._prefetch(at, place) if self.plan.prefetches else []
+        out, pending = [], self._prefetch(at, number)
         for what, *operands in self.block.step():
             if what == "a":
                 pending.append(self._load_a(at, place, *operands))
@@ -403,7 +407,7 @@ class _Emitter:
         first = self._weight(at, place, n, 0)
         return x86_amx.tile_load(tile, first, 64, self.plan.stream == "b")
 
-    def _weight(self, at: _Place, place: dict[str, Any], n: Any, row: int) -> Any:
+    def _weight(self, at: _Place, place: dict[str, Any], n: Any, row: Any) -> Any:
         """Return the first element of a row of the group's n-th tile of weights."""
         taps = self.conv.ordered(place["kw"], place["cb"])
         tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, i32(16)) + n
@@ -412,16 +416,15 @@ class _Emitter:
             self.weight, [tiles, place["kh"], *taps, rows, i32(0), i32(0)]
         )
 
-    def _prefetch(self, at: _Place, place: dict[str, Any]) -> list[Any]:
-        """Return the prefetches of a step's weights for the next group of channels.
-
-        With two blocks, the first asks for the first tile, the second for the second.
-        """
-        own = range(self.plan.n_tiles) if self.plan.pixels.blocks == 1 else [at.block]
-        lines = [(tile, row) for tile in own for row in range(self.plan.step // 4)]
+    def _prefetch(self, at: _Place, step: Any) -> list[Any]:
+        """Return the prefetches of a step, by its number, from the next group's weights."""
+        plan = self.plan
+        first = (at.block * plan.depth + step) * plan.prefetches
+        origin = dict.fromkeys(plan.steps, i32(0))
+        # Lines past the end of a tile are the next ones'.
         return [
-            prefetch(self._weight(at, place, self.plan.n_tiles + tile, row))
-            for tile, row in lines
+            prefetch(self._weight(at, origin, plan.n_tiles, first + line))
+            for line in range(plan.prefetches)
         ]
 
     def _store(self, half: Any, tile: int) -> Any:
@@ -435,7 +438,7 @@ class _Place:
 
     def __init__(self, emitter: _Emitter, name: str, values: list[Any]) -> None:
         self.emitter = emitter
-        self.block: Any = None  # of its task
+        self.block: Any = None  # of its group
         self.binds: list[Any] = []
         self.values = [self._bind(f"{name}{at}", value) for at, value in enumerate(values)]
         self.n, self.ob, self.channel, self.row, *tiles = self.values
@@ -457,7 +460,7 @@ class _Place:
         for m in range(plan.m_tiles):
             values += plan.pixels.first(b * plan.m_tiles + m)
         place = _Place(emitter, "now", values)
-        place.block = b
+        place.block = tir.floormod(part, bands) * plan.pixels.blocks + b
         return place
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
