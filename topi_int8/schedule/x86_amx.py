@@ -83,6 +83,16 @@ def choose_tiles(conv: PackedConv2d) -> tuple[int, int, str]:
     return m, n, "a" if taps == 1 and depth >= 64 * LONG else ""
 
 
+def choose_bands(rows: int, limit: int) -> int:
+    """Return into how many bands of equal height rows are cut, `limit` at the most.
+
+    More than half of that, and among those as many as there can be with the fewest rows in two
+    bands: these are computed twice.
+    """
+    counts = {-(-rows // -(-rows // count)) for count in range(limit // 2 + 1, limit + 1)}
+    return min(counts, key=lambda count: (count * -(-rows // count) - rows, -count))
+
+
 def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     """Return the pipeline: its block, and the tasks that threads share out.
 
@@ -93,8 +103,7 @@ def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     most = max(1, min(TASKS, conv.work.macs // MACS_A_TASK))
     wanted = -(-most // plan.parts)
     limit = min(wanted, conv.work.oh, max(1, plan.pixels.blocks // BLOCKS_A_PART))
-    height = -(-conv.work.oh // limit)
-    plan = replace(plan, bands=-(-conv.work.oh // height))
+    plan = replace(plan, bands=choose_bands(conv.work.oh, limit))
     return replace(plan, tasks=max(divisors(plan.parts, most)))
 
 

@@ -299,8 +299,8 @@ class _Emitter:
         last = len(now.values)  # where `carried` has the part of `sums` that was stored last
         part = read = i32(0)
         if not plan.stores_late:
-            part = tir.Select(none, i32(0), 1 - self._carried(last))
-            read = 1 - part
+            read = self._carried(last)
+            part = 1 - read
         lines = before.lines(read)
         body = [
             *now.binds, *before.binds,
@@ -318,6 +318,7 @@ class _Emitter:
         steps = [
             x86_amx.configure(self.block),
             self._carry(0, i32(-1)),
+            self._carry(last, i32(0)),
             whole,
             drain,
             x86_amx.release(),
