@@ -6,6 +6,7 @@ On a CPU without AMX the tiles are emulated, and the rest of the kernel is AVX2.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SAME, SHAPES,
 from tests.kernels import Assembly, build, check, check_instructions, decide
 from topi_int8 import kernel
 from topi_int8.kernel import Blocks
+from topi_int8.schedule.x86_amx import choose_bands
+from topi_int8.schedule.x86_amx_pipeline import PREFETCHED
 from topi_int8.strategy import FEW_ROWS
 from topi_int8.target import features, isa_target, runs_here
 from topi_int8.workload import Conv2dWorkload
@@ -227,6 +230,29 @@ def test_block_fits_the_registers_and_divides_the_shape(work):
                     assert pixel == (row + y) * work.ow + x
                     seen.add(first * work.ow + pixel)
     assert seen == set(range(work.oh * work.ow))
+
+
+@given(convolutions())
+def test_blocks_fetch_the_next_weights_once(work):
+    """All blocks of a group ask for each line of the next one, and for no more than a share more.
+    """
+    feats = features(isa_target("amx_int8"))
+    plan = kernel.build_amx(work, kernel.default_blocks(work, feats), feats, True).plan.pipeline
+    if not plan.prefetches:
+        assert math.prod(plan.conv.weight_shape) <= PREFETCHED
+        return
+    lines, blocks = plan.n_tiles * plan.step // 4, plan.bands * plan.pixels.blocks
+    assert plan.prefetching <= blocks
+    assert lines <= plan.prefetching * plan.prefetches < lines + plan.prefetches
+
+
+@given(st.integers(1, 300), st.integers(1, 32))
+def test_bands_are_many_and_overlap_little(rows, limit):
+    bands = choose_bands(rows, limit)
+    height = -(-rows // bands)
+    assert 1 <= bands <= limit and (bands - 1) * height < rows <= bands * height
+    for other in range(limit // 2 + 1, min(limit, rows) + 1):
+        assert bands * height <= other * -(-rows // other)
 
 
 # ---- threads

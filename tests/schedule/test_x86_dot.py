@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from tests.kernels import Assembly, build, check, decide
 from topi_int8.kernel import Blocks
 from topi_int8.schedule.spatial_pack import SpatialPack
 from topi_int8.schedule.stages import TASKS
-from topi_int8.schedule.x86_dot import FEW_TILES, DotPlan, pixels_of
+from topi_int8.schedule.x86_dot import PREFETCHED, DotPlan, pixels_of
 from topi_int8.workload import MatmulWorkload
 
 U8, S8 = EPILOGUES["u8_bounded"], EPILOGUES["s8_bounded"]
@@ -90,12 +91,26 @@ def test_tasks_share_out_all_tiles(n, ih, iw, oc):
     assert tasks * shares >= min(TASKS, tasks * plan.tiles) / 2
 
 
-def test_weights_are_fetched_ahead_where_few_tiles_use_them():
-    few, many = (
-        conv(64, (size, size), 512, (3, 3), padding=SAME) for size in (7, FEW_TILES * 4)
-    )
-    assert decide(few, "avx512_vnni").kernel().plan.prefetches == 1
-    assert decide(many, "avx512_vnni").kernel().plan.prefetches == 0
+def test_lone_tiles_and_small_weights_are_not_fetched_ahead():
     one = decide(MatmulWorkload(1, 1024, 64), "avx512_vnni").kernel().plan
-    assert one.tiles == 1 and one.prefetches == 0
-    assert Assembly.of(build(few, "avx512_vnni").library).mnemonics()["prefetcht1"] > 0
+    assert one.tiles == 1 and one.prefetches[1] == 0
+    small = conv(64, (28, 28), 48, (3, 3), padding=SAME)
+    assert 64 * 48 * 9 < PREFETCHED < 64 * 64 * 9
+    assert decide(small, "avx512_vnni").kernel().plan.prefetches[1] == 0
+    large = conv(64, (28, 28), 64, (3, 3), padding=SAME)
+    assert Assembly.of(build(large, "avx512_vnni").library).mnemonics()["prefetcht1"] > 0
+
+
+@given(
+    st.integers(16, 600), st.integers(5, 40), st.integers(64, 600),
+    st.sampled_from([(1, 1), (3, 3), (1, 5)]), st.sampled_from(["avx512_vnni", "avx2"]),
+)  # fmt: skip
+def test_tiles_fetch_the_next_weights_once(ic, size, oc, kernel, isa):
+    """All tiles together ask for each line of the next group, and for no more than twice as many
+    beyond it.
+    """
+    plan = decide(conv(ic, (size, size), oc, kernel), isa).kernel().plan
+    loops, count = plan.prefetches
+    turns = math.prod(list(plan.steps.values())[:loops])
+    busy = min(plan.tiles, -(-plan.lines // max(1, turns * count)))
+    assert not count or plan.lines <= busy * turns * count <= 3 * plan.lines

@@ -223,7 +223,17 @@ class Pipeline:
         """
         if math.prod(self.conv.weight_shape) <= PREFETCHED:
             return 0
-        return -(-self.n_tiles * self.step // 4 // (self.bands * self.pixels.blocks))
+        return -(-self._lines // (self.bands * self.pixels.blocks))
+
+    @property
+    def prefetching(self) -> int:
+        """Blocks of a group that fetch; those after them ask for what the last one did."""
+        return -(-self._lines // self.prefetches)
+
+    @property
+    def _lines(self) -> int:
+        """Lines of a group's weights for one step."""
+        return self.n_tiles * self.step // 4
 
     @property
     def buffers(self) -> int:
@@ -420,7 +430,10 @@ class _Emitter:
     def _prefetch(self, at: _Place, step: Any) -> list[Any]:
         """Return the prefetches of a step, by its number, from the next group's weights."""
         plan = self.plan
-        first = (at.block * plan.depth + step) * plan.prefetches
+        if not plan.prefetches:
+            return []
+        block = tir.min(at.block, i32(plan.prefetching - 1))
+        first = (block * plan.depth + step) * plan.prefetches
         origin = dict.fromkeys(plan.steps, i32(0))
         # Lines past the end of a tile are the next ones'.
         return [

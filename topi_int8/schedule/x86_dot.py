@@ -29,8 +29,8 @@ from .stages import TASKS
 from .stated import stated, task_loop
 
 PRODUCTS = {"vpdpbusd": vpdpbusd, "vpmaddubsw": vpmaddubsw, "vpmaddwd": maddwd}
-# Tiles of an image up to which a group's weights are used so seldom that reading them shows.
-FEW_TILES = 16
+# Bytes of weights up to which none are fetched ahead.
+PREFETCHED = 32 << 10
 
 
 def pixels_of(work: Conv2dWorkload) -> tuple[int, int]:
@@ -88,11 +88,33 @@ class DotPlan:
         return self.conv.out_blocks // self.tile.blocks, vectors // self.tile.vectors
 
     @property
-    def prefetches(self) -> int:
-        """Lines of the next group's weights that a step of a tile asks for; 0: none."""
-        vectors = self.tile.blocks * self.tile.vectors
+    def steps(self) -> dict[str, int]:
+        """The loops of the reduction, outermost first."""
+        conv = self.conv
+        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
+        return dict((("kh", conv.taps_h), *taps, ("ik", conv.step_block // conv.k)))
+
+    @property
+    def lines(self) -> int:
+        """Cache lines of a tile's weights; fewer for narrow vectors."""
+        return math.prod(self.steps.values()) * self.tile.blocks * self.tile.vectors
+
+    @property
+    def prefetches(self) -> tuple[int, int]:
+        """(loops, lines): in so many loops of the reduction, the innermost's body fetches so many
+        lines of the next group's weights into the second-level cache; lines are 0 for none.
+
+        A network's weights are rarely there. An image's tiles share a group's lines out in the
+        order of memory, for the processor itself fetches ahead only of what is read in that order.
+        """
         # A lone tile reads weights as fast as they come.
-        return -(-vectors // self.tiles) if 1 < self.tiles <= FEW_TILES else 0
+        if self.tiles == 1 or math.prod(self.conv.weight_shape) <= PREFETCHED:
+            return 0, 0
+        extents = tuple(self.steps.values())
+        turns = [self.tiles * math.prod(extents[:loops]) for loops in range(len(extents) + 1)]
+        # A line in twice as many turns is better than many in a few.
+        loops = max((at for at, count in enumerate(turns) if count <= 2 * self.lines), default=0)
+        return loops, -(-self.lines // turns[loops])
 
     def schedule(self) -> Any:
         """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
@@ -165,13 +187,16 @@ class _Emitter:
         return task_loop(task, conv.work.n * blocks * parts * shares, [tiles], self.sums)
 
     def _tile(self, at: _Place) -> list[Any]:
-        conv = self.conv
-        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
-        steps = (("kh", conv.taps_h), *taps, ("ik", conv.step_block // conv.k))
-        place = {name: tir.Var(name, "int32") for name, _ in steps}
+        steps = self.plan.steps
+        place = {name: tir.Var(name, "int32") for name in steps}
+        fetched, _ = self.plan.prefetches
         body = self._step(at, place)
-        for name, extent in reversed(steps):
-            body = [loop(place[name], extent, body)]
+        for around in range(len(steps), -1, -1):
+            if around == fetched:
+                body = [*self._prefetch(at, place), *body]
+            if around:
+                name, extent = list(steps.items())[around - 1]
+                body = [loop(place[name], extent, body)]
         return [*self._start(at), *body, *self._outputs(at)]
 
     # ------------------------------------------------------------ sums
@@ -200,11 +225,7 @@ class _Emitter:
 
     def _step(self, at: _Place, place: dict[str, Any]) -> list[Any]:
         """Return the products of `k` channels of a tap."""
-        plan, conv, stmts = self.plan, self.conv, []
-        for j in range(plan.prefetches):
-            total = len(self.vectors)
-            vector = tir.min(at.number * plan.prefetches + j, i32(total - 1)) + total
-            stmts.append(prefetch(self._weight(at, place, vector, i32(0))))
+        conv, stmts = self.conv, []
         weights = []
         for vector, (b, v) in enumerate(self.vectors):
             own = i32(b * (conv.out_block // self.lanes) + v)
@@ -221,6 +242,24 @@ class _Emitter:
                 total = self.product(tir.BufferLoad(self.sums[pixel], where), data, weight)
                 stmts.append(tir.BufferStore(self.sums[pixel], total, where))
         return stmts
+
+    def _prefetch(self, at: _Place, place: dict[str, Any]) -> list[Any]:
+        """Return the prefetches of one turn of the loop that has them."""
+        plan = self.plan
+        loops, count = plan.prefetches
+        if not count:
+            return []
+        turns = math.prod(list(plan.steps.values())[:loops])
+        # Tiles past the end of the group ask for what the last one did.
+        busy = -(-plan.lines // (turns * count))
+        turn = tir.min(at.number, i32(busy - 1))
+        for name, extent in list(plan.steps.items())[:loops]:
+            turn = turn * extent + place[name]
+        origin = {name: i32(0) for name in plan.steps}
+        # Lines past the end of a vector's are the next ones'.
+        lines = [{**origin, "ik": turn * count + line} for line in range(count)]
+        vectors = i32(len(self.vectors))
+        return [prefetch(self._weight(at, line, vectors, i32(0))) for line in lines]
 
     def _weight(self, at: _Place, place: dict[str, Any], vector: Any, lanes: Any) -> Any:
         """Return weights of the vector that is so many behind the tile's first."""
