@@ -241,7 +241,7 @@ def test_blocks_fetch_the_next_weights_once(work):
     if not plan.prefetches:
         assert math.prod(plan.conv.weight_shape) <= PREFETCHED
         return
-    lines, blocks = plan.n_tiles * plan.step // 4, plan.bands * plan.pixels.blocks
+    lines, blocks = plan.n_tiles * plan.step // 4, plan.images * plan.bands * plan.pixels.blocks
     assert plan.prefetching <= blocks
     assert lines <= plan.prefetching * plan.prefetches < lines + plan.prefetches
 

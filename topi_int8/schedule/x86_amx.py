@@ -71,7 +71,7 @@ def choose_tiles(conv: PackedConv2d) -> tuple[int, int, str]:
     depth = conv.in_blocks_per_group * conv.step_block * conv.taps_h * conv.taps_w
     image = conv.in_blocks_per_group * conv.step_block * work.oh * work.ow
     tiles = conv.out_block // 16
-    few = Bands(conv, 4, 1).blocks == 1 and Bands(conv, 2, 1).blocks > 1
+    few = work.n == 1 and Bands(conv, 4, 1).blocks == 1 and Bands(conv, 2, 1).blocks > 1
     if few and image <= RESIDENT and depth >= 64 * LONG:
         return 4, 1, "b"
     if (taps == 1 or depth <= 64 * SHORT) and 64 * depth <= RESIDENT and tiles % 4 == 0:

@@ -223,7 +223,7 @@ class Pipeline:
         """
         if math.prod(self.conv.weight_shape) <= PREFETCHED:
             return 0
-        return -(-self._lines // (self.bands * self.pixels.blocks))
+        return -(-self._lines // (self.images * self.bands * self.pixels.blocks))
 
     @property
     def prefetching(self) -> int:
@@ -234,6 +234,16 @@ class Pipeline:
     def _lines(self) -> int:
         """Lines of a group's weights for one step."""
         return self.n_tiles * self.step // 4
+
+    @property
+    def images(self) -> int:
+        """Images that one group of channels is used for before the next group is read.
+
+        All, where the weights are more than those images' data.
+        """
+        data = self.conv.in_blocks * self.conv.step_block * self.conv.work.ih * self.conv.work.iw
+        all_images = self.conv.work.n
+        return all_images if math.prod(self.conv.weight_shape) > all_images * data else 1
 
     @property
     def buffers(self) -> int:
@@ -462,19 +472,23 @@ class _Place:
     def of_block(emitter: _Emitter, part: Any, b: Any) -> _Place:
         """Return the place of block `b` of a part."""
         plan = emitter.plan
-        bands, groups, a_block = (i32(v) for v in (plan.bands, plan.groups, plan.groups_a_block))
-        rest, group = tir.floordiv(part, bands), tir.floormod(tir.floordiv(part, bands), groups)
+        bands, images, groups, a_block = (
+            i32(v) for v in (plan.bands, plan.images, plan.groups, plan.groups_a_block)
+        )
         lowest = i32(emitter.conv.work.oh - plan.pixels.height)
+        rest, band = tir.floordiv(part, bands), tir.floormod(part, bands)
+        rest, inside = tir.floordiv(rest, images), tir.floormod(rest, images)
+        outside, group = tir.floordiv(rest, groups), tir.floormod(rest, groups)
         values = [
-            tir.floordiv(rest, groups),
+            outside * plan.images + inside,
             tir.floordiv(group, a_block),
             tir.floormod(group, a_block) * (16 * plan.n_tiles),
-            tir.min(tir.floormod(part, bands) * plan.pixels.height, lowest),
+            tir.min(band * plan.pixels.height, lowest),
         ]
         for m in range(plan.m_tiles):
             values += plan.pixels.first(b * plan.m_tiles + m)
         place = _Place(emitter, "now", values)
-        place.block = tir.floormod(part, bands) * plan.pixels.blocks + b
+        place.block = (inside * plan.bands + band) * plan.pixels.blocks + b
         return place
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
