@@ -21,6 +21,7 @@ from .fuse_qdq import FuseQDQ
 from .lower import Lower
 from .schedule_rest import ScheduleRest
 from .sign_activations import SignActivations
+from .split_batch import SplitBatch
 
 
 def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.Pass]:
@@ -64,6 +65,7 @@ def pipeline(
         passes = [
             *cpu_generic.library_dispatch_passes(target),
             *integer_passes(target, layout),
+            SplitBatch(target),
             Lower(target, layout),
             *cpu_generic.legalize_passes(target),
             ScheduleRest(target),
