@@ -207,12 +207,13 @@ class Pipeline:
         return count
 
     @property
-    def stores_late(self) -> bool:
-        """Whether a block's sums are stored during the first step of the next block.
+    def lag(self) -> int:
+        """Blocks from the products to the outputs.
 
-        A single step leaves no time to make outputs of them.
+        Sums are stored during the first step of the next block, and a single step leaves no time to
+        make outputs of them, too.
         """
-        return self.depth > 1
+        return 1 if self.depth > 1 else 2
 
     @property
     def prefetches(self) -> int:
@@ -244,11 +245,6 @@ class Pipeline:
         data = self.conv.in_blocks * self.conv.step_block * self.conv.work.ih * self.conv.work.iw
         all_images = self.conv.work.n
         return all_images if math.prod(self.conv.weight_shape) > all_images * data else 1
-
-    @property
-    def buffers(self) -> int:
-        """Blocks of sums in memory."""
-        return 1 if self.stores_late else 2
 
     @property
     def parts(self) -> int:
@@ -300,10 +296,12 @@ class _Emitter:
         self.source, self.weight, self.out = source, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
         count = plan.m_tiles * plan.pixels.rows
-        self.sums = tir.decl_buffer((plan.buffers, plan.n_tiles, count, LANES), "int32", "sums")
-        # The place of the block before (its image is -1 where there was none), and its part of
-        # `sums`.
-        self.carried = tir.decl_buffer((5 + 2 * plan.m_tiles,), "int32", "carried")
+        self.sums = tir.decl_buffer((plan.lag, plan.n_tiles, count, LANES), "int32", "sums")
+        # The places of the last blocks, the latest first (the image is -1 where there was none),
+        # and the part of `sums` that was stored last.
+        self.place_size = 4 + 2 * plan.m_tiles
+        size = plan.lag * self.place_size + 1
+        self.carried = tir.decl_buffer((size,), "int32", "carried")
 
     def statement(self) -> Any:
         """Return the parallel loop over tasks, each a pipeline over its share of the image."""
@@ -312,38 +310,55 @@ class _Emitter:
         task, each = tir.Var("task", "int32"), tir.Var("each", "int32")
         b = tir.Var("b", "int32")
         now = _Place.of_block(self, task * share + each, b)
-        # The first time round this makes outputs of what is not there yet, in the block's own
+        # The first times round this makes outputs of what is not there yet, in the block's own
         # place, where they are made again.
-        none = self._carried(0) < 0
-        before = now.copy("before", lambda at, value: tir.Select(none, value, self._carried(at)))
-        last = len(now.values)  # where `carried` has the part of `sums` that was stored last
-        part = read = i32(0)
-        if not plan.stores_late:
-            read = self._carried(last)
-            part = 1 - read
+        before = now.copy("before", self._or_before(plan.lag))
+        read = self._carried(self._part) if plan.lag > 1 else i32(0)
+        part = 1 - read if plan.lag > 1 else i32(0)
         lines = before.lines(read)
+        passed_on = range(self.place_size * (plan.lag - 1) - 1, -1, -1)
         body = [
             *now.binds, *before.binds,
             *self._sums(now, part, lines),
-            self._carry(last, part),
+            self._carry(self._part, part),
+            *(self._carry(self.place_size + at, self._carried(at)) for at in passed_on),
             *(self._carry(at, value) for at, value in enumerate(now.values)),
         ]
         whole = loop(each, share, [loop(b, plan.pixels.blocks, body)])
-        final = now.copy("final", lambda at, _: self._carried(at))
-        outputs = final.lines(self._carried(last))
-        tiles = range(self.block.c_tiles if plan.stores_late else 0)
-        stores = [self._store(i32(0), tile) for tile in tiles]
-        drained = sequence([*stores, *final.binds, *outputs])
-        drain = tir.IfThenElse(self._carried(0) >= 0, drained, None)
         steps = [
             x86_amx.configure(self.block),
-            self._carry(0, i32(-1)),
-            self._carry(last, i32(0)),
+            *(self._carry(self.place_size * ago, i32(-1)) for ago in range(plan.lag)),
+            self._carry(self._part, i32(0)),
             whole,
-            drain,
+            tir.IfThenElse(self._carried(0) >= 0, sequence(self._drain(now)), None),
             x86_amx.release(),
         ]
         return task_loop(task, plan.tasks, steps, [self.sums, self.carried])
+
+    def _drain(self, now: _Place) -> list[Any]:
+        """Return what makes outputs of the last blocks."""
+        lag, tiles = self.plan.lag, range(self.block.c_tiles)
+        final = now.copy("final", lambda at, _: self._carried(at))
+        stored = self._carried(self._part) if lag > 1 else i32(0)
+        part = 1 - stored if lag > 1 else i32(0)
+        outputs, earlier = final.lines(part), []
+        if lag > 1:
+            place = final.copy("earlier", self._or_before(lag))
+            lines = place.lines(stored)
+            earlier = [*place.binds, *lines]
+        stores = [self._store(part, tile) for tile in tiles]
+        return [*stores, *final.binds, *earlier, *outputs]
+
+    def _or_before(self, ago: int) -> Callable[[int, Any], Any]:
+        """Return (at, value) -> that of the block so many ago, `value` where there was none."""
+        first = self.place_size * (ago - 1)
+        none = self._carried(first) < 0
+        return lambda at, value: tir.Select(none, value, self._carried(first + at))
+
+    @property
+    def _part(self) -> int:
+        """Where `carried` has the part of `sums`."""
+        return self.plan.lag * self.place_size
 
     def _carried(self, at: int) -> Any:
         return tir.BufferLoad(self.carried, [i32(at)])
@@ -353,19 +368,16 @@ class _Emitter:
 
     def _sums(self, at: _Place, part: Any, lines: list[Any]) -> list[Any]:
         """Return a block's products and the stores of its sums, with `lines` strewn among them."""
-        plan, tiles = self.plan, range(self.block.c_tiles)
-        unrolled = plan.unrolled
-        stores = [self._store(part, tile) for tile in tiles]
-        starts = [self._start(at, tile) for tile in tiles]
-        if not plan.stores_late:
-            step = [s for j in range(plan.depth) for s in self._step(at, i32(j))]
-            return [*starts, *_strewn([*step, *stores], lines)]
+        plan, unrolled = self.plan, self.plan.unrolled
         # A tile is stored just before it starts anew, so that the other tiles' products cover it.
         order = [m * plan.n_tiles + n for what, m, n in self.block.step() if what == "dot"]
         head = [
-            sequence([stores[tile], starts[tile], product])
+            [self._store(part, tile), sequence([self._start(at, tile), product])]
             for tile, product in zip(order, self._step(at, i32(0)), strict=True)
         ]
+        if plan.depth == 1:
+            return _strewn([stmt for stmts in head for stmt in stmts], lines)
+        head = [sequence(stmts) for stmts in head]
         rest = [s for j in range(1, unrolled) for s in self._step(at, i32(j))]
         passes, k = plan.depth // unrolled, tir.Var("k", "int32")
         body = [s for j in range(unrolled) for s in self._step(at, k * unrolled + j)]
