@@ -41,6 +41,8 @@ from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
+# Steps of a reduction that leave no time to make outputs of the sums which the first one stores.
+FEW_STEPS = 2
 # Bytes of weights up to which none are fetched ahead.
 PREFETCHED = 32 << 10
 
@@ -210,10 +212,10 @@ class Pipeline:
     def lag(self) -> int:
         """Blocks from the products to the outputs.
 
-        Sums are stored during the first step of the next block, and a single step leaves no time to
-        make outputs of them, too.
+        Sums are stored during the first step of the next block; the steps after it make outputs of
+        them, or the next block does.
         """
-        return 1 if self.depth > 1 else 2
+        return 1 if self.depth > FEW_STEPS else 2
 
     @property
     def prefetches(self) -> int:
@@ -375,10 +377,10 @@ class _Emitter:
             [self._store(part, tile), sequence([self._start(at, tile), product])]
             for tile, product in zip(order, self._step(at, i32(0)), strict=True)
         ]
-        if plan.depth == 1:
-            return _strewn([stmt for stmts in head for stmt in stmts], lines)
-        head = [sequence(stmts) for stmts in head]
         rest = [s for j in range(1, unrolled) for s in self._step(at, i32(j))]
+        if plan.lag > 1:
+            return _strewn([*(stmt for stmts in head for stmt in stmts), *rest], lines)
+        head = [sequence(stmts) for stmts in head]
         passes, k = plan.depth // unrolled, tir.Var("k", "int32")
         body = [s for j in range(unrolled) for s in self._step(at, k * unrolled + j)]
         rolled = [loop(k, passes - 1, body, first=1)] if passes > 1 else []
@@ -555,7 +557,9 @@ class _Place:
                     values.append(apply(epi, total, None, scales[j], residual))
         width = 16 * self._n
         if narrows:
-            words = narrowed_values(epi, values)
+            # Where a residual has made the multiplier's port and the other equally busy, the one
+            # operation less of vcvtps2dq counts.
+            words = narrowed_values(epi, values, converts=emitter.residual is not None)
             packed = tir.Var("words", compat.dtype_of(words))
             stores = [tir.Bind(packed, words)]
             for p, pixel in enumerate(places):
