@@ -204,7 +204,7 @@ def run(built: Built, ops: reference.Operands) -> np.ndarray:
         out = np.empty((1, work.batch, 1, work.m, work.n), out_dtype)
         return call(built.library, inputs(built, ops), out).reshape(*lead, work.m, work.n)
     layout = built.kernel.out_layout
-    shape = layout.shape(work.n, work.oc, work.oh, work.ow)
+    shape = layout.shape(work.n, work.oc, *work.stored)
     out = _as_kernel_sees(np.empty(shape, out_dtype))
     return layout.unpack(call(built.library, inputs(built, ops), out).reshape(shape), work.oc)
 

@@ -44,7 +44,7 @@ def conv2d(
     scale: np.ndarray | None = None,
     residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the NCHW output of a conv2d workload.
+    """Return the NCHW output of a conv2d workload, its border around it.
 
     Parameters
     ----------
@@ -54,7 +54,10 @@ def conv2d(
     residual : (n, oc, oh, ow) or None
     """
     acc = conv2d_accumulator(workload, data, weight)
-    return apply_epilogue(workload.epilogue, acc, bias, scale, residual, channel_axis=1)
+    out = apply_epilogue(workload.epilogue, acc, bias, scale, residual, channel_axis=1)
+    top, left, bottom, right = workload.out_border
+    sides = ((0, 0), (0, 0), (top, bottom), (left, right))
+    return np.pad(out, sides, constant_values=workload.epilogue.out_zero_point)
 
 
 def conv2d_accumulator(

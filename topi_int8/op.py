@@ -121,7 +121,7 @@ def operands(call: relax.Call) -> dict[str, Any]:
 def _conv2d_type(call: relax.Call, _ctx: Any) -> Any:
     attrs = attrs_of(call)
     work = conv2d_workload(call)
-    shape = _layout.Layout.parse(attrs["out_layout"]).shape(work.n, work.oc, work.oh, work.ow)
+    shape = _layout.Layout.parse(attrs["out_layout"]).shape(work.n, work.oc, *work.stored)
     return relax.TensorType(shape, work.epilogue.out_dtype)
 
 
@@ -149,11 +149,13 @@ def conv2d(
     residual_zero_point: int = 0,
     residual_scale: float = 1.0,
     name: str = "",
+    out_border: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> relax.Call:
     """Return a `topi_int8.conv2d` call. `weight` is OIHW or HWIO; `channels` is the logical ic of
     packed data.
 
-    The residual has the shape and layout of the output. See `workload` for the arithmetic.
+    The residual has the shape and layout of the output, without its border. See `workload` for the
+    arithmetic, and for the border.
     """
     optional = [x for x in (bias, scale, residual) if x is not None]
     if channels is None:
@@ -179,6 +181,7 @@ def conv2d(
         residual_zero_point=residual_zero_point,
         residual_scale=float(residual_scale),
         name=name or None,
+        out_border=list(out_border) if any(out_border) else None,
     )
     return _call(CONV2D, [data, weight, *optional], attrs)
 
@@ -197,7 +200,7 @@ def conv2d_workload(call: relax.Call) -> Conv2dWorkload:
         groups=attrs["groups"],
         data_dtype=str(data.ty.dtype), weight_dtype=str(weight.ty.dtype),
         data_zero_point=attrs["data_zero_point"], weight_zero_point=attrs["weight_zero_point"],
-        epilogue=epilogue_of(call),
+        epilogue=epilogue_of(call), out_border=attrs.get("out_border", (0, 0, 0, 0)),
     )  # fmt: skip
 
 

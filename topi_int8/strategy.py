@@ -66,6 +66,8 @@ class Strategy:
         Whether packing changes the weight's values, so that it lies in no layout of OIHW.
     alone : bool
         Whether the kernel is a function of its own, with no stages that others could be fused with.
+    borders : bool
+        Whether it can write a border around its output (`Conv2dWorkload.out_border`).
     """
 
     name: str
@@ -76,6 +78,7 @@ class Strategy:
     build: Build
     transforms: bool = False
     alone: bool = False
+    borders: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in _OPS:
@@ -85,6 +88,8 @@ class Strategy:
         """Return None for yes, or the reason for no."""
         if not feats.has(self.isa):
             return f"target lacks {self.isa}"
+        if not self.borders and any(getattr(work, "out_border", ())):
+            return "it writes no border around its output"
         return self.declines(work, feats)
 
 
@@ -302,7 +307,12 @@ def _dot_rows(stem: str, op: str) -> list[Strategy]:
                     transforms=True,
                 )
             )
-        rows.append(Strategy(f"{stem}_{suffix}", op, isa, name, declines, build_dot(name)))
+        rows.append(
+            Strategy(
+                f"{stem}_{suffix}", op, isa, name, declines, build_dot(name),
+                borders=op == "conv2d" and STATES,
+            )
+        )
     return rows
 
 
@@ -318,7 +328,10 @@ def _rows(op: str) -> tuple[Strategy, ...]:
             for isa in ("neon", "armv7_neon")
         ),
         Strategy(f"{stem}_float32", f"{op}_float32", "generic", "fma", _always, build_vector),
-        Strategy(f"{stem}_amx_int8", op, "amx_int8", "dot_amx_int8", _declines_amx, build_amx),
+        Strategy(
+            f"{stem}_amx_int8", op, "amx_int8", "dot_amx_int8", _declines_amx, build_amx,
+            borders=op == "conv2d",
+        ),
         *_dot_rows(stem, op),
         *(
             Strategy(f"{stem}_{suffix}", op, isa, what, declines, build_arm(isa, how))
@@ -392,6 +405,8 @@ def _decide(
         if reason is None:
             return Decision(work, row, feats, tuple(declined), layout)
         declined.append((row.name, reason))
+    if getattr(work, "out_border", None):
+        raise ValueError(f"out_border is {work.out_border}; allowed here: none, by any strategy")
     raise AssertionError(f"no strategy for {op}: the last row of each operator accepts everything")
 
 

@@ -136,7 +136,9 @@ def _require_operand_types(work: Conv2dWorkload | MatmulWorkload) -> None:
 class Conv2dWorkload:
     """A 2-D convolution with its fused epilogue. Shapes are logical (unpadded channels).
 
-    ``padding`` is (top, left, bottom, right). ``weight_range`` is the pair (min, max) of a constant
+    ``padding`` is (top, left, bottom, right). ``out_border``, likewise, is rows and columns around
+    the stored output that hold its zero point: the padding that whoever reads it would add.
+    ``weight_range`` is the pair (min, max) of a constant
     weight, when known: it is what proves that vpmaddubsw cannot saturate. ``depthwise``
     convolutions are groups == ic == oc.
     """
@@ -158,16 +160,19 @@ class Conv2dWorkload:
     weight_zero_point: int = 0
     weight_range: tuple[int, int] | None = None
     epilogue: Epilogue = field(default_factory=Epilogue)
+    out_border: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         for name in ("n", "ic", "ih", "iw", "oc", "kh", "kw", "groups"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _require(min(self.strides) >= 1, "strides", self.strides, "integers >= 1")
         _require(min(self.dilation) >= 1, "dilation", self.dilation, "integers >= 1")
-        _require(
-            len(self.padding) == 4 and min(self.padding) >= 0,
-            "padding", self.padding, "(top, left, bottom, right), integers >= 0",
-        )  # fmt: skip
+        for name in ("padding", "out_border"):
+            sides = getattr(self, name)
+            _require(
+                len(sides) == 4 and min(sides) >= 0,
+                name, sides, "(top, left, bottom, right), integers >= 0",
+            )  # fmt: skip
         _require(
             self.ic % self.groups == 0 and self.oc % self.groups == 0,
             "groups", self.groups, f"a divisor of ic={self.ic} and oc={self.oc}",
@@ -192,6 +197,12 @@ class Conv2dWorkload:
         return (self.iw + left + right - (self.kw - 1) * self.dilation[1] - 1) // self.strides[
             1
         ] + 1
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns of the output as it is stored, with its border."""
+        top, left, bottom, right = self.out_border
+        return self.oh + top + bottom, self.ow + left + right
 
     @property
     def macs(self) -> int:

@@ -226,7 +226,7 @@ def test_block_fits_the_registers_and_divides_the_shape(work):
                 assert first + row + y < work.oh and at < bands.pixels
                 if x < work.ow:
                     first_pixel = (tir.const(start, "int32") for start in (row, column))
-                    pixel = number(bands.pixel(*first_pixel, offset))
+                    pixel = number(bands.pixel(*first_pixel, offset, work.ow))
                     assert pixel == (row + y) * work.ow + x
                     seen.add(first * work.ow + pixel)
     assert seen == set(range(work.oh * work.ow))

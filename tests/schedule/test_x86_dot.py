@@ -114,3 +114,26 @@ def test_tiles_fetch_the_next_weights_once(ic, size, oc, kernel, isa):
     turns = math.prod(list(plan.steps.values())[:loops])
     busy = min(plan.tiles, -(-plan.lines // max(1, turns * count)))
     assert not count or plan.lines <= busy * turns * count <= 3 * plan.lines
+
+
+BORDERED = {
+    "pointwise": conv(32, (7, 9), 48, epilogue=U8),
+    "taps": conv(20, (6, 15), 33, (3, 3), padding=SAME, epilogue=S8),
+    "strided": conv(32, (9, 27), 16, (3, 3), strides=(2, 2), padding=SAME, epilogue=U8),
+    "residual": conv(16, (5, 5), 64, (3, 3), n=2, padding=SAME,
+                     epilogue=EPILOGUES["u8_residual_u8"]),
+    "one_row": conv(16, (1, 40), 16, (1, 3), padding=(0, 1, 0, 1), epilogue=U8),
+    "grouped": conv(64, (7, 7), 64, (3, 3), groups=4, padding=SAME, epilogue=U8),
+    "stem": conv(3, (20, 20), 64, (7, 7), strides=(2, 2), padding=(3, 3, 3, 3), epilogue=U8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("border", [SAME, (2, 0, 1, 3), (0, 0, 0, 1), (1, 0, 0, 0)])
+@pytest.mark.parametrize("isa", [*ISAS, "amx_int8", "amx_int8_avx2"])
+@pytest.mark.parametrize("name", BORDERED)
+def test_borders_hold_the_zero_point(name, isa, border):
+    """Around the output, whatever tiles wrote there before."""
+    work = replace(BORDERED[name], out_border=border)
+    built = check(work, isa)
+    assert built.kernel.packing.out_shape[2:4] == work.stored
+    assert built.decision.strategy_row.borders

@@ -268,8 +268,8 @@ class PackedConv2d:
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """Shape of the output (n, blocks, rows, columns, stored channels)."""
-        return (self.work.n, self.out_blocks, self.work.oh, self.work.ow, self.out_store)
+        """Shape of the output (n, blocks, rows, columns, stored channels), its border included."""
+        return (self.work.n, self.out_blocks, *self.work.stored, self.out_store)
 
     @property
     def data_zero_point(self) -> int:
@@ -448,7 +448,8 @@ def declare(conv: PackedConv2d) -> tuple[Any, Any, Operands]:
     weight = te.placeholder(conv.weight_shape, conv.weight_dtype, "weight")
     operands = Operands.declare(
         w.epilogue, conv.folds_bias, "float32" if w.is_float else "int32",
-        (conv.out_blocks, conv.out_block), conv.out_shape,
+        (conv.out_blocks, conv.out_block),
+        (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store),
     )  # fmt: skip
     return data, weight, operands
 

@@ -10,7 +10,9 @@ from typing import Any
 from tvm import te
 
 from intrinsics import compat
+from intrinsics.compat import i32, tir
 
+from ..compute.conv2d import PackedConv2d
 from ..compute.epilogue import Operands
 from .stages import copy_stage
 
@@ -65,3 +67,32 @@ def task_loop(task: Any, count: int, body: list[Any], buffers: list[Any]) -> Any
     block = compat.Block([], [], [], "task", compat.sequence(body), None, buffers, [], {})
     inner = [compat.BlockRealize([], True, block)]
     return compat.loop(task, count, inner, parallel=count > 1)
+
+
+def bordered(conv: PackedConv2d, out: Any) -> list[Any]:
+    """Return the statement that writes the border of the output; none where it has no border.
+
+    A border of the output (n, blocks, rows, columns, out_block) is written as runs of pixels that
+    lie together in memory: the right of a row and the left of the next.
+    """
+    top, left, _, right = conv.work.out_border
+    rows, width = conv.work.stored
+    if (rows, width) == (conv.work.oh, conv.work.ow):
+        return []
+    epi = conv.work.epilogue
+    value = tir.Broadcast(tir.const(epi.out_zero_point, epi.out_dtype), conv.out_block)
+    n, ob, y = (tir.Var(name, "int32") for name in ("n", "ob", "y"))
+
+    def run(first: Any, count: int) -> list[Any]:
+        x = tir.Var("x", "int32")
+        at = [n, ob, i32(0), first + x, compat.ramp(i32(0), conv.out_block)]
+        return [compat.loop(x, count, [tir.BufferStore(out, value, at)])] if count else []
+
+    inner, end = top * width + left, (top + conv.work.oh - 1) * width + left + conv.work.ow
+    between = run((top + y) * width + left + conv.work.ow, left + right)
+    body = [
+        *run(i32(0), inner),
+        *([compat.loop(y, conv.work.oh - 1, between)] if between and conv.work.oh > 1 else []),
+        *run(i32(end), rows * width - end),
+    ]
+    return [compat.loop(n, conv.work.n, [compat.loop(ob, conv.out_blocks, body)])]

@@ -36,7 +36,7 @@ from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES
 from .stages import divisors
-from .stated import stated, task_loop
+from .stated import bordered, stated, task_loop
 from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
@@ -127,13 +127,12 @@ class Bands:
         y = tir.min(tir.floordiv(tile, a_row), i32(self.height - 1))
         return y, tir.min(tir.floormod(tile, a_row) * self.rows, i32(last))
 
-    def pixel(self, row: Any, column: Any, offset: int) -> Any:
-        """Return the output pixel, counted in the image's own width, of one of a tile's."""
-        ow = self.conv.work.ow
+    def pixel(self, row: Any, column: Any, offset: int, width: int) -> Any:
+        """Return the output pixel of one of a tile's, counted in rows of `width`."""
         at = column + offset
-        if self.virtual and self.width != ow and self.height > 1:
-            return at - tir.floordiv(at, i32(self.width)) * (self.width - ow)
-        return row * ow + at
+        if self.virtual and self.width != width and self.height > 1:
+            return at + tir.floordiv(at, i32(self.width)) * (width - self.width)
+        return row * width + at
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,9 @@ class _Emitter:
             tir.IfThenElse(self._carried(0) >= 0, sequence(self._drain(now)), None),
             x86_amx.release(),
         ]
-        return task_loop(task, plan.tasks, steps, [self.sums, self.carried])
+        tasks = task_loop(task, plan.tasks, steps, [self.sums, self.carried])
+        # Tiles that run over the ends of rows have written into the border.
+        return sequence([tasks, *bordered(self.conv, self.out)])
 
     def _drain(self, now: _Place) -> list[Any]:
         """Return what makes outputs of the last blocks."""
@@ -542,11 +543,10 @@ class _Place:
         narrows = emitter.plan.narrows and epi.out_dtype in INT8_DTYPES
         values, places = [], []
         for q in pixels:
-            m, offset = divmod(q, emitter.plan.pixels.rows)
-            y, x = self.tiles[m]
-            row = self.row * emitter.conv.work.ow
-            pixel = row + emitter.plan.pixels.pixel(y, x, offset)
-            places.append(pixel)
+            pixel = self._pixel(q, emitter.conv.work.ow)
+            top, left, _, _ = emitter.conv.work.out_border
+            width = emitter.conv.work.stored[1]
+            places.append(self._pixel(q, width) + (top * width + left))
             for j in range(self._n):
                 index = [half, i32(j), i32(q), ramp(i32(0), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
@@ -571,6 +571,12 @@ class _Place:
             p, j = divmod(index, self._n)
             stores.append(self._put(value, places[p], 16 * j, LANES))
         return sequence(stores)
+
+    def _pixel(self, q: int, width: int) -> Any:
+        """Return the pixel of the block's q-th, counted in rows of `width`."""
+        plan = self.emitter.plan
+        m, offset = divmod(q, plan.pixels.rows)
+        return self.row * width + plan.pixels.pixel(*self.tiles[m], offset, width)
 
     def _put(self, value: Any, pixel: Any, channel: int, width: int) -> Any:
         index = [self.n, self.ob, i32(0), pixel, ramp(self.channel + channel, width)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from intrinsics import compat
-from intrinsics.compat import i32, loop, prefetch, ramp, tir
+from intrinsics.compat import i32, loop, prefetch, ramp, sequence, tir
 from intrinsics.x86_dot import DotIntrinsic
 from intrinsics.x86_narrow import in_order
 from intrinsics.x86_rows import maddwd, vpdpbusd, vpmaddubsw
@@ -26,7 +26,7 @@ from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES, Conv2dWorkload
 from .spatial_pack import Tile
 from .stages import TASKS
-from .stated import stated, task_loop
+from .stated import bordered, stated, task_loop
 
 PRODUCTS = {"vpdpbusd": vpdpbusd, "vpmaddubsw": vpmaddubsw, "vpmaddwd": maddwd}
 # Bytes of weights up to which none are fetched ahead.
@@ -37,7 +37,8 @@ def pixels_of(work: Conv2dWorkload) -> tuple[int, int]:
     """Return (rows, columns) of the output as tiles see it: one row where pixels are neighbours in
     the data, too.
     """
-    pointwise = (work.kh, work.kw, *work.strides, *work.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+    shape = (work.kh, work.kw, *work.strides, *work.padding, *work.out_border)
+    pointwise = shape == (1, 1, 1, 1, *(0,) * 8)
     return (1, work.oh * work.ow) if pointwise else (work.oh, work.ow)
 
 
@@ -184,7 +185,8 @@ class _Emitter:
         )
         body = [tir.Bind(number, share * plan.share + each), *self._tile(at)]
         tiles = loop(each, tir.min(i32(plan.share), plan.tiles - share * plan.share), body)
-        return task_loop(task, conv.work.n * blocks * parts * shares, [tiles], self.sums)
+        tasks = task_loop(task, conv.work.n * blocks * parts * shares, [tiles], self.sums)
+        return sequence([tasks, *bordered(conv, self.out)])
 
     def _tile(self, at: _Place) -> list[Any]:
         steps = self.plan.steps
@@ -320,7 +322,7 @@ class _Emitter:
                 values.append(apply(epi, total, None, scale, residual))
         if not narrows:
             return [
-                tir.BufferStore(self.out, value, self._where(at, b, pixel, v, self.lanes))
+                tir.BufferStore(self.out, value, self._stored(at, b, pixel, v, self.lanes))
                 for (pixel, v), value in zip(pieces, values, strict=True)
             ]
         stmts = []
@@ -347,7 +349,7 @@ class _Emitter:
         first = 0
         for run in runs:
             row = in_order(packed, epi.out_dtype, first, len(run))
-            where = self._where(at, b, *run[0], len(run) * self.lanes)
+            where = self._stored(at, b, *run[0], len(run) * self.lanes)
             stmts.append(tir.BufferStore(self.out, row, where))
             first += len(run)
         return stmts
@@ -356,6 +358,11 @@ class _Emitter:
         y, x = self.pixels[pixel]
         channel = ramp(at.channel + v * self.lanes, count)
         return [at.n, at.ob + b, at.y + y, at.x + x, channel]
+
+    def _stored(self, at: _Place, b: int, pixel: int, v: int, count: int) -> list[Any]:
+        n, ob, y, x, channel = self._where(at, b, pixel, v, count)
+        top, left, _, _ = self.conv.work.out_border
+        return [n, ob, y + top, x + left, channel]
 
     def _residual(self, at: _Place, b: int, pixel: int, v: int) -> Any:
         if self.residual is None:

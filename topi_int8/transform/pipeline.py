@@ -18,6 +18,7 @@ from .fuse_concat import FuseConcat
 from .fuse_elementwise import FuseElementwise
 from .fuse_float import FuseFloat
 from .fuse_qdq import FuseQDQ
+from .keep_borders import KeepBorders
 from .lower import Lower
 from .schedule_rest import ScheduleRest
 from .sign_activations import SignActivations
@@ -65,6 +66,7 @@ def pipeline(
         passes = [
             *cpu_generic.library_dispatch_passes(target),
             *integer_passes(target, layout),
+            KeepBorders(target),
             SplitBatch(target),
             Lower(target, layout),
             *cpu_generic.legalize_passes(target),
