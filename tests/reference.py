@@ -51,8 +51,11 @@ def conv2d(
     data : (n, ic, ih, iw)
     weight : (oc, ic // groups, kh, kw)
     bias, scale : (oc,) or None
-    residual : (n, oc, oh, ow) or None
+    residual : (n, oc, oh, ow), with its border, or None
     """
+    if residual is not None:
+        top, left, _, _ = workload.residual_border
+        residual = residual[:, :, top : top + workload.oh, left : left + workload.ow]
     acc = conv2d_accumulator(workload, data, weight)
     out = apply_epilogue(workload.epilogue, acc, bias, scale, residual, channel_axis=1)
     top, left, bottom, right = workload.out_border
@@ -328,7 +331,7 @@ def _draw(
 
 @singledispatch
 def _shapes(workload: object) -> tuple:
-    """Return (data shape, weight shape, output shape, output channels, reduction length)."""
+    """Return (data shape, weight shape, residual shape, output channels, reduction length)."""
     raise TypeError(f"workload is {workload!r}; allowed: Conv2dWorkload, MatmulWorkload")
 
 
@@ -338,7 +341,7 @@ def _(work: Conv2dWorkload) -> tuple:
     return (
         (work.n, work.ic, work.ih, work.iw),
         (work.oc, icg, work.kh, work.kw),
-        (work.n, work.oc, work.oh, work.ow),
+        (work.n, work.oc, *work.residual_shape),
         work.oc,
         icg * work.kh * work.kw,
     )

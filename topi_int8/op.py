@@ -150,12 +150,13 @@ def conv2d(
     residual_scale: float = 1.0,
     name: str = "",
     out_border: tuple[int, int, int, int] = (0, 0, 0, 0),
+    residual_border: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> relax.Call:
     """Return a `topi_int8.conv2d` call. `weight` is OIHW or HWIO; `channels` is the logical ic of
     packed data.
 
-    The residual has the shape and layout of the output, without its border. See `workload` for the
-    arithmetic, and for the border.
+    The residual has the shape and layout of the output, and a border of its own. See `workload` for
+    the arithmetic, and for the borders.
     """
     optional = [x for x in (bias, scale, residual) if x is not None]
     if channels is None:
@@ -182,6 +183,7 @@ def conv2d(
         residual_scale=float(residual_scale),
         name=name or None,
         out_border=list(out_border) if any(out_border) else None,
+        residual_border=list(residual_border) if any(residual_border) else None,
     )
     return _call(CONV2D, [data, weight, *optional], attrs)
 
@@ -200,7 +202,8 @@ def conv2d_workload(call: relax.Call) -> Conv2dWorkload:
         groups=attrs["groups"],
         data_dtype=str(data.ty.dtype), weight_dtype=str(weight.ty.dtype),
         data_zero_point=attrs["data_zero_point"], weight_zero_point=attrs["weight_zero_point"],
-        epilogue=epilogue_of(call), out_border=attrs.get("out_border", (0, 0, 0, 0)),
+        epilogue=epilogue_of(call),
+        **{name: attrs[name] for name in ("out_border", "residual_border") if name in attrs},
     )  # fmt: skip
 
 

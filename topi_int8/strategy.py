@@ -67,7 +67,8 @@ class Strategy:
     alone : bool
         Whether the kernel is a function of its own, with no stages that others could be fused with.
     borders : bool
-        Whether it can write a border around its output (`Conv2dWorkload.out_border`).
+        Whether it can write a border around its output, and read a residual with one
+        (`Conv2dWorkload.out_border`, `residual_border`).
     """
 
     name: str
@@ -88,9 +89,13 @@ class Strategy:
         """Return None for yes, or the reason for no."""
         if not feats.has(self.isa):
             return f"target lacks {self.isa}"
-        if not self.borders and any(getattr(work, "out_border", ())):
-            return "it writes no border around its output"
+        if not self.borders and _has_borders(work):
+            return "it writes no border around its output, and reads no residual's"
         return self.declines(work, feats)
+
+
+def _has_borders(work: Workload) -> bool:
+    return isinstance(work, Conv2dWorkload) and any((*work.out_border, *work.residual_border))
 
 
 @dataclass(frozen=True)
@@ -405,8 +410,9 @@ def _decide(
         if reason is None:
             return Decision(work, row, feats, tuple(declined), layout)
         declined.append((row.name, reason))
-    if getattr(work, "out_border", None):
-        raise ValueError(f"out_border is {work.out_border}; allowed here: none, by any strategy")
+    if _has_borders(work):
+        borders = (work.out_border, work.residual_border)
+        raise ValueError(f"out_border, residual_border are {borders}; allowed by {op}: none")
     raise AssertionError(f"no strategy for {op}: the last row of each operator accepts everything")
 
 

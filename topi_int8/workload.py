@@ -137,7 +137,8 @@ class Conv2dWorkload:
     """A 2-D convolution with its fused epilogue. Shapes are logical (unpadded channels).
 
     ``padding`` is (top, left, bottom, right). ``out_border``, likewise, is rows and columns around
-    the stored output that hold its zero point: the padding that whoever reads it would add.
+    the stored output that hold its zero point: the padding that whoever reads it would add;
+    ``residual_border`` is what the residual has around it.
     ``weight_range`` is the pair (min, max) of a constant
     weight, when known: it is what proves that vpmaddubsw cannot saturate. ``depthwise``
     convolutions are groups == ic == oc.
@@ -161,18 +162,23 @@ class Conv2dWorkload:
     weight_range: tuple[int, int] | None = None
     epilogue: Epilogue = field(default_factory=Epilogue)
     out_border: tuple[int, int, int, int] = (0, 0, 0, 0)
+    residual_border: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         for name in ("n", "ic", "ih", "iw", "oc", "kh", "kw", "groups"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         _require(min(self.strides) >= 1, "strides", self.strides, "integers >= 1")
         _require(min(self.dilation) >= 1, "dilation", self.dilation, "integers >= 1")
-        for name in ("padding", "out_border"):
+        for name in ("padding", "out_border", "residual_border"):
             sides = getattr(self, name)
             _require(
                 len(sides) == 4 and min(sides) >= 0,
                 name, sides, "(top, left, bottom, right), integers >= 0",
             )  # fmt: skip
+        _require(
+            self.epilogue.residual_dtype is not None or not any(self.residual_border),
+            "residual_border", self.residual_border, "zeros where there is no residual",
+        )  # fmt: skip
         _require(
             self.ic % self.groups == 0 and self.oc % self.groups == 0,
             "groups", self.groups, f"a divisor of ic={self.ic} and oc={self.oc}",
@@ -201,7 +207,15 @@ class Conv2dWorkload:
     @property
     def stored(self) -> tuple[int, int]:
         """Rows and columns of the output as it is stored, with its border."""
-        top, left, bottom, right = self.out_border
+        return self._with(self.out_border)
+
+    @property
+    def residual_shape(self) -> tuple[int, int]:
+        """Rows and columns of the residual as it is stored, with its border."""
+        return self._with(self.residual_border)
+
+    def _with(self, border: tuple[int, int, int, int]) -> tuple[int, int]:
+        top, left, bottom, right = border
         return self.oh + top + bottom, self.ow + left + right
 
     @property

@@ -225,9 +225,12 @@ def test_block_fits_the_registers_and_divides_the_shape(work):
                 y, x = divmod(at, bands.width)
                 assert first + row + y < work.oh and at < bands.pixels
                 if x < work.ow:
-                    first_pixel = (tir.const(start, "int32") for start in (row, column))
-                    pixel = number(bands.pixel(*first_pixel, offset, work.ow))
+                    starts = [tir.const(start, "int32") for start in (row, column)]
+                    origin = [bands.origin(*starts, width) for width in (work.ow, work.ow + 5)]
+                    pixel = number(bands.pixel(*origin[0], offset, work.ow))
                     assert pixel == (row + y) * work.ow + x
+                    wide = number(bands.pixel(*origin[1], offset, work.ow + 5))
+                    assert wide == (row + y) * (work.ow + 5) + x
                     seen.add(first * work.ow + pixel)
     assert seen == set(range(work.oh * work.ow))
 

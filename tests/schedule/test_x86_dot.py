@@ -137,3 +137,6 @@ def test_borders_hold_the_zero_point(name, isa, border):
     built = check(work, isa)
     assert built.kernel.packing.out_shape[2:4] == work.stored
     assert built.decision.strategy_row.borders
+    if work.epilogue.residual_dtype:
+        for other in (border, (1, 1, 1, 1), (0, 3, 2, 0)):
+            check(replace(work, residual_border=other), isa)

@@ -449,7 +449,7 @@ def declare(conv: PackedConv2d) -> tuple[Any, Any, Operands]:
     operands = Operands.declare(
         w.epilogue, conv.folds_bias, "float32" if w.is_float else "int32",
         (conv.out_blocks, conv.out_block),
-        (w.n, conv.out_blocks, w.oh, w.ow, conv.out_store),
+        (w.n, conv.out_blocks, *w.residual_shape, conv.out_store),
     )  # fmt: skip
     return data, weight, operands
 

@@ -41,6 +41,8 @@ from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
+# Pixels of a tile of 16 that are worth its cost.
+NEARLY_FULL = 12
 # Steps of a reduction that leave no time to make outputs of the sums which the first one stores.
 FEW_STEPS = 2
 # Bytes of weights up to which none are fetched ahead.
@@ -73,11 +75,18 @@ class Bands:
     def virtual(self) -> bool:
         """Whether tiles run over the ends of rows.
 
-        What lies between two rows must not reach beyond the second.
+        What lies between two rows must not reach beyond the second. Where the tensors that are
+        written and added have rows of that length, too, a pixel's place in them is known; elsewhere
+        finding it costs more than tiles of single rows do, if those are nearly full.
         """
-        conv = self.conv
-        dense = conv.phases or conv.work.strides == (1, 1)
-        return dense and not conv.window and self._row <= 2 * conv.work.ow
+        conv, work = self.conv, self.conv.work
+        dense = conv.phases or work.strides == (1, 1)
+        if not dense or conv.window or self._row > 2 * work.ow:
+            return False
+        lengths = {work.stored[1]}
+        if work.epilogue.residual_dtype is not None:
+            lengths.add(work.residual_shape[1])
+        return lengths == {self._row} or -(-work.ow // -(-work.ow // 16)) < NEARLY_FULL
 
     @property
     def _row(self) -> int:
@@ -127,12 +136,22 @@ class Bands:
         y = tir.min(tir.floordiv(tile, a_row), i32(self.height - 1))
         return y, tir.min(tir.floormod(tile, a_row) * self.rows, i32(last))
 
-    def pixel(self, row: Any, column: Any, offset: int, width: int) -> Any:
-        """Return the output pixel of one of a tile's, counted in rows of `width`."""
-        at = column + offset
+    def origin(self, row: Any, column: Any, width: int) -> tuple[Any, Any]:
+        """Return a tile's first pixel, counted in rows of `width`, and its pixels in that row."""
+        if not self.virtual:
+            return row * width + column, i32(self.rows)
+        line = tir.floordiv(column, i32(self.width))
+        return column + line * (width - self.width), (line + 1) * self.width - column
+
+    def pixel(self, first: Any, left: Any, offset: int, width: int) -> Any:
+        """Return a tile's pixel, counted in rows of `width`, by its `origin`."""
+        pixel = first + offset
         if self.virtual and self.width != width and self.height > 1:
-            return at + tir.floordiv(at, i32(self.width)) * (width - self.width)
-        return row * width + at
+            # Where a division for every pixel would cost as much as making its outputs.
+            for rows in range(-(-offset // self.width)):
+                over = tir.Select(offset >= left + rows * self.width, i32(1), i32(0))
+                pixel += over * (width - self.width)
+        return pixel
 
 
 @dataclass(frozen=True)
@@ -479,6 +498,7 @@ class _Place:
         self.emitter = emitter
         self.block: Any = None  # of its group
         self.binds: list[Any] = []
+        self.origins: dict[Any, tuple[Any, Any]] = {}
         self.values = [self._bind(f"{name}{at}", value) for at, value in enumerate(values)]
         self.n, self.ob, self.channel, self.row, *tiles = self.values
         self.tiles = list(zip(tiles[::2], tiles[1::2], strict=True))
@@ -543,10 +563,9 @@ class _Place:
         narrows = emitter.plan.narrows and epi.out_dtype in INT8_DTYPES
         values, places = [], []
         for q in pixels:
-            pixel = self._pixel(q, emitter.conv.work.ow)
-            top, left, _, _ = emitter.conv.work.out_border
-            width = emitter.conv.work.stored[1]
-            places.append(self._pixel(q, width) + (top * width + left))
+            work = emitter.conv.work
+            places.append(self._pixel(q, work.stored[1], work.out_border))
+            pixel = self._pixel(q, work.residual_shape[1], work.residual_border)
             for j in range(self._n):
                 index = [half, i32(j), i32(q), ramp(i32(0), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
@@ -572,11 +591,17 @@ class _Place:
             stores.append(self._put(value, places[p], 16 * j, LANES))
         return sequence(stores)
 
-    def _pixel(self, q: int, width: int) -> Any:
-        """Return the pixel of the block's q-th, counted in rows of `width`."""
+    def _pixel(self, q: int, width: int, border: tuple[int, int, int, int]) -> Any:
+        """Return the pixel of the block's q-th, counted in rows of `width`, inside a border."""
         plan = self.emitter.plan
         m, offset = divmod(q, plan.pixels.rows)
-        return self.row * width + plan.pixels.pixel(*self.tiles[m], offset, width)
+        if (m, border) not in self.origins:
+            first, left = plan.pixels.origin(*self.tiles[m], width)
+            first += (self.row + border[0]) * width + border[1]
+            name = f"{m}_{len(self.origins)}"
+            bound = self._bind(f"first{name}", first), self._bind(f"left{name}", left)
+            self.origins[m, border] = bound
+        return plan.pixels.pixel(*self.origins[m, border], offset, width)
 
     def _put(self, value: Any, pixel: Any, channel: int, width: int) -> Any:
         index = [self.n, self.ob, i32(0), pixel, ramp(self.channel + channel, width)]

@@ -37,8 +37,8 @@ def pixels_of(work: Conv2dWorkload) -> tuple[int, int]:
     """Return (rows, columns) of the output as tiles see it: one row where pixels are neighbours in
     the data, too.
     """
-    shape = (work.kh, work.kw, *work.strides, *work.padding, *work.out_border)
-    pointwise = shape == (1, 1, 1, 1, *(0,) * 8)
+    borders = (*work.padding, *work.out_border, *work.residual_border)
+    pointwise = (work.kh, work.kw, *work.strides) == (1, 1, 1, 1) and not any(borders)
     return (1, work.oh * work.ow) if pointwise else (work.oh, work.ow)
 
 
@@ -360,17 +360,22 @@ class _Emitter:
         return [at.n, at.ob + b, at.y + y, at.x + x, channel]
 
     def _stored(self, at: _Place, b: int, pixel: int, v: int, count: int) -> list[Any]:
-        n, ob, y, x, channel = self._where(at, b, pixel, v, count)
-        top, left, _, _ = self.conv.work.out_border
-        return [n, ob, y + top, x + left, channel]
+        return _inside(self.conv.work.out_border, self._where(at, b, pixel, v, count))
 
     def _residual(self, at: _Place, b: int, pixel: int, v: int) -> Any:
         if self.residual is None:
             return None
-        *index, channel = self._where(at, b, pixel, v, self.lanes)
+        where = self._where(at, b, pixel, v, self.lanes)
+        *index, channel = _inside(self.conv.work.residual_border, where)
         if self.conv.crops:  # the surplus of the last block is not stored
             channel = tir.min(channel, i32(self.conv.out_store - 1))
         return tir.BufferLoad(self.residual, [*index, channel])
+
+
+def _inside(border: tuple[int, int, int, int], where: list[Any]) -> list[Any]:
+    """Return where an output lies in a tensor with that border."""
+    n, ob, y, x, channel = where
+    return [n, ob, y + border[0], x + border[1], channel]
 
 
 def _runs(pieces: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:

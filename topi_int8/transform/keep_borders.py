@@ -8,7 +8,8 @@ of 60 us at 56x56x64 on AMX, written to the second-level cache and read back.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm import relax
@@ -32,8 +33,9 @@ _NONE = (0, 0, 0, 0)
 class KeepBorders:
     """Move a convolution's padding into the output of the convolution before it.
 
-    Where that is read by nothing else, is padded with its own zero point, and both kernels are of a
-    strategy that can. Run it after ConvertLayout. The input module is not changed.
+    Where that is read by nothing else, other than as residuals, is padded with its own zero point,
+    and all kernels are of strategies that can. Run it after ConvertLayout. The input module is not
+    changed.
 
     Parameters
     ----------
@@ -49,35 +51,62 @@ class KeepBorders:
         new_mod = mod.clone()
         for gvar, func in mod.functions_items():
             if isinstance(func, relax.Function) and not (func.attrs and "Primitive" in func.attrs):
-                moved = _moved(Graph(func), self.feats)
-                if moved:
-                    new_mod.update_func(gvar, _Mover(mod, moved).visit_expr(func))
+                moves = _moves(Graph(func), self.feats)
+                if moves:
+                    new_mod.update_func(gvar, _Mover(mod, moves).visit_expr(func))
         return new_mod
 
 
-def _moved(graph: Graph, feats: Features) -> dict[relax.Var, relax.Var]:
-    """Return the convolutions whose padding moves, and to which."""
-    moved = {}
-    for reader, value in graph.value_of.items():
-        if not op.is_op(value, "conv2d") or is_nhwc(value):
-            continue
-        source = value.args[0]
-        before = graph.value(source)
-        if before is None or not op.is_op(before, "conv2d") or is_nhwc(before):
-            continue
-        if graph.single_use(source) and _moves(before, value, feats):
-            moved[reader] = source
-    return moved
+@dataclass(frozen=True)
+class _Move:
+    """A padding that moves.
+
+    Attributes
+    ----------
+    writer, reader : relax.Var
+        The convolution that writes the border, and the one whose padding it was.
+    border : tuple of int
+    adders : tuple of relax.Var
+        Convolutions that read the tensor as their residual.
+    """
+
+    writer: relax.Var
+    reader: relax.Var
+    border: Border
+    adders: tuple[relax.Var, ...]
 
 
-def _moves(before: relax.Call, reader: relax.Call, feats: Features) -> bool:
-    """Whether the padding of `reader` is worth a border of `before`, and may be one."""
-    written, read = op.attrs_of(before), op.attrs_of(reader)
+def _moves(graph: Graph, feats: Features) -> list[_Move]:
+    """Return the paddings that move."""
+    convs = {
+        var: value
+        for var, value in graph.value_of.items()
+        if op.is_op(value, "conv2d") and not is_nhwc(value)
+    }
+    data, added = defaultdict(list), defaultdict(list)
+    for var, value in convs.items():
+        data[value.args[0]].append(var)
+        added[op.operands(value)["residual"]].append(var)
+    moves = []
+    for writer, value in convs.items():
+        readers, adders = data[writer], added[writer]
+        if len(readers) != 1 or graph.uses[writer] != 1 + len(adders):
+            continue
+        able = all(decide(convs[adder], feats).strategy_row.borders for adder in adders)
+        if able and _may_move(value, convs[readers[0]], feats):
+            border = op.attrs_of(convs[readers[0]])["padding"]
+            moves.append(_Move(writer, readers[0], border, tuple(adders)))
+    return moves
+
+
+def _may_move(writer: relax.Call, reader: relax.Call, feats: Features) -> bool:
+    """Whether the padding of `reader` is worth a border of what `writer` writes, and may be one."""
+    written, read = op.attrs_of(writer), op.attrs_of(reader)
     if not any(read["padding"]) or written["out_dtype"] not in INT8_DTYPES:
         return False
     if written["out_zero_point"] != read["data_zero_point"]:
         return False
-    writes, reads = decide(before, feats), decide(reader, feats)
+    writes, reads = decide(writer, feats), decide(reader, feats)
     if not (writes.strategy_row.borders and reads.strategy_row.borders):
         return False
     top, left, bottom, right = read["padding"]
@@ -99,32 +128,25 @@ def _copies(decision: Decision, call: relax.Call) -> bool:
 class _Mover(PyExprMutator):
     """Rebuilds the convolutions that write a border, and those that read it."""
 
-    def __init__(self, mod: tvm.IRModule, moved: dict[relax.Var, relax.Var]) -> None:
+    def __init__(self, mod: tvm.IRModule, moves: list[_Move]) -> None:
         super().__init__(mod)
-        self.readers = set(moved)
-        self.border: dict[relax.Var, Border] = dict.fromkeys(moved.values(), _NONE)
-        self.source = moved
-
-    def visit_dataflow_block_(self, block: relax.DataflowBlock) -> relax.BindingBlock:
-        """Note the paddings first: who writes a border comes before who reads it."""
-        for binding in block.bindings:
-            if binding.var in self.readers:
-                self.border[self.source[binding.var]] = op.attrs_of(binding.value)["padding"]
-        return super().visit_dataflow_block_(block)
+        self.changed: dict[relax.Var, dict[str, list[int]]] = defaultdict(dict)
+        self.writers = {move.writer for move in moves}
+        for move in moves:
+            self.changed[move.writer]["out_border"] = list(move.border)
+            self.changed[move.reader]["padding"] = list(_NONE)
+            for adder in move.adders:
+                self.changed[adder]["residual_border"] = list(move.border)
 
     def visit_var_binding_(self, binding: relax.VarBinding) -> None:
         """Give a writer its border, and take a reader's padding away."""
-        var, changed = binding.var, {}
-        if var in self.readers:
-            changed["padding"] = list(_NONE)
-        if any(self.border.get(var, _NONE)):
-            changed["out_border"] = list(self.border[var])
-        if not changed:
+        var = binding.var
+        if var not in self.changed:
             super().visit_var_binding_(binding)
             return
         args = [self.visit_expr(arg) for arg in binding.value.args]
-        value = self.builder_.normalize(op.rebuild(binding.value, args, **changed))
-        if "out_border" in changed:  # another type, and so another variable
+        value = self.builder_.normalize(op.rebuild(binding.value, args, **self.changed[var]))
+        if var in self.writers:  # another type, and so another variable
             self.set_var_remap(var, self.builder_.emit(value, var.name))
         else:
             super().visit_var_binding_(relax.VarBinding(var, value))
