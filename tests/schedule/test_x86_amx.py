@@ -249,16 +249,37 @@ def test_blocks_fetch_the_next_weights_once(work):
     assert lines <= plan.prefetching * plan.prefetches < lines + plan.prefetches
 
 
-@given(st.integers(1, 300), st.integers(1, 32))
-def test_bands_are_many_and_overlap_little(rows, limit):
-    bands = choose_bands(rows, limit)
-    height = -(-rows // bands)
-    assert 1 <= bands <= limit and (bands - 1) * height < rows <= bands * height
-    for other in range(limit // 2 + 1, min(limit, rows) + 1):
-        assert bands * height <= other * -(-rows // other)
+@given(convolutions(), st.integers(1, 32))
+def test_bands_are_many_and_overlap_little(work, limit):
+    feats = features(isa_target("amx_int8"))
+    plan = kernel.build_amx(work, kernel.default_blocks(work, feats), feats, True).plan.pipeline
+    limit = min(limit, work.oh)
+    bands = choose_bands(plan, limit)
+    height = -(-work.oh // bands)
+    assert 1 <= bands <= limit and (bands - 1) * height < work.oh <= bands * height
+
+    def pixels(count: int) -> int:
+        cut = replace(plan, bands=count)
+        return count * cut.pixels.blocks * cut.m_tiles * cut.pixels.rows
+
+    for other in range(max(1, limit // 2), limit + 1):
+        assert pixels(bands) <= pixels(other)
 
 
 # ---- threads
+
+
+def test_threads_share_out_rows_of_large_images_and_channels_of_large_weights():
+    def pipeline(work: Conv2dWorkload) -> Any:
+        return decide(work, "amx_int8").kernel().plan.pipeline
+
+    wide = pipeline(conv(64, (56, 56), 64, (3, 3), padding=SAME))
+    assert wide.rows_first and wide.bands == wide.tasks > 1
+    deep = pipeline(conv(256, (14, 14), 256, (3, 3), padding=SAME))
+    assert not deep.rows_first and deep.tasks > 1
+    small = pipeline(conv(64, (14, 14), 64))
+    assert not small.rows_first and small.bands == small.tasks == 1
+
 
 _SHARED_OUT = """
 from tests.grid import EPILOGUES, SAME, conv

@@ -7,6 +7,7 @@ What is chosen here is carried out by `x86_amx_pipeline`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,28 +84,49 @@ def choose_tiles(conv: PackedConv2d) -> tuple[int, int, str]:
     return m, n, "a" if taps == 1 and depth >= 64 * LONG else ""
 
 
-def choose_bands(rows: int, limit: int) -> int:
-    """Return into how many bands of equal height rows are cut, `limit` at the most.
+def choose_bands(plan: Pipeline, limit: int) -> int:
+    """Return into how many bands of equal height the output's rows are cut, `limit` at the most.
 
-    More than half of that, and among those as many as there can be with the fewest rows in two
-    bands: these are computed twice.
+    At least half of that, and among those the number for which all tiles have the fewest pixels,
+    for bands overlap and tiles repeat some; then an even one, then the most.
     """
-    counts = {-(-rows // -(-rows // count)) for count in range(limit // 2 + 1, limit + 1)}
-    return min(counts, key=lambda count: (count * -(-rows // count) - rows, -count))
+    rows = plan.conv.work.oh
+    counts = {-(-rows // -(-rows // count)) for count in range(max(1, limit // 2), limit + 1)}
+
+    def cost(count: int) -> tuple[int, int, int]:
+        pixels = Bands(plan.conv, plan.m_tiles, count)
+        return count * pixels.blocks * plan.m_tiles * pixels.rows, count % 2, -count
+
+    return min(counts, key=cost)
+
+
+def wants_rows(conv: PackedConv2d) -> bool:
+    """Whether threads should share out rows, and not channels.
+
+    Where data and outputs are more than the weights: a thread then finds in its own second-level
+    cache what it wrote itself, if the layer before was shared out so, too. ResNet-50 on two cores:
+    2.12 -> 1.83 ms.
+    """
+    work = conv.work
+    data = conv.in_blocks * conv.step_block * work.ih * work.iw
+    return data + math.prod(conv.out_shape[1:]) > math.prod(conv.weight_shape)
 
 
 def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     """Return the pipeline: its block, and the tasks that threads share out.
 
-    Channels are shared out before rows: each thread then reads its weights alone.
+    Rows are (`wants_rows`), or channels before rows: each thread then reads its weights alone.
     """
     m, n, stream = choose_tiles(conv)
     plan = Pipeline(conv, m, n, stream=stream, narrows=narrows)
     most = max(1, min(TASKS, conv.work.macs // MACS_A_TASK))
-    wanted = -(-most // plan.parts)
+    rows_first = wants_rows(conv)
+    wanted = -(-most // (conv.work.n if rows_first else plan.parts))
     limit = min(wanted, conv.work.oh, max(1, plan.pixels.blocks // BLOCKS_A_PART))
-    plan = replace(plan, bands=choose_bands(conv.work.oh, limit))
-    return replace(plan, tasks=max(divisors(plan.parts, most)))
+    bands = choose_bands(plan, limit)
+    plan = replace(plan, bands=bands, rows_first=rows_first and bands > 1)
+    whole = conv.work.n * bands if plan.rows_first else plan.parts
+    return replace(plan, tasks=max(divisors(whole, most)))
 
 
 @dataclass(frozen=True)

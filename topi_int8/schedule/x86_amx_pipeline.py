@@ -173,6 +173,8 @@ class Pipeline:
         that to the other; "": neither.
     narrows : bool
         Whether 8-bit outputs are narrowed by AVX-512's instructions.
+    rows_first : bool
+        Whether tasks share out rows, each with all groups of channels, rather than channels.
     """
 
     conv: PackedConv2d
@@ -182,6 +184,7 @@ class Pipeline:
     tasks: int = 1
     stream: str = ""
     narrows: bool = False
+    rows_first: bool = False
 
     # ------------------------------------------------------------ shapes
 
@@ -244,7 +247,13 @@ class Pipeline:
         """
         if math.prod(self.conv.weight_shape) <= PREFETCHED:
             return 0
-        return -(-self._lines // (self.images * self.bands * self.pixels.blocks))
+        return -(-self._lines // self.blocks)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks for which a group's weights are used before the next group is read."""
+        bands = 1 if self.rows_first else self.bands
+        return self.images * bands * self.pixels.blocks
 
     @property
     def prefetching(self) -> int:
@@ -262,6 +271,8 @@ class Pipeline:
 
         All, where the weights are more than those images' data.
         """
+        if self.rows_first:
+            return 1
         data = self.conv.in_blocks * self.conv.step_block * self.conv.work.ih * self.conv.work.iw
         all_images = self.conv.work.n
         return all_images if math.prod(self.conv.weight_shape) > all_images * data else 1
@@ -511,9 +522,14 @@ class _Place:
             i32(v) for v in (plan.bands, plan.images, plan.groups, plan.groups_a_block)
         )
         lowest = i32(emitter.conv.work.oh - plan.pixels.height)
-        rest, band = tir.floordiv(part, bands), tir.floormod(part, bands)
-        rest, inside = tir.floordiv(rest, images), tir.floormod(rest, images)
-        outside, group = tir.floordiv(rest, groups), tir.floormod(rest, groups)
+        if plan.rows_first:
+            rest, group = tir.floordiv(part, groups), tir.floormod(part, groups)
+            outside, band = tir.floordiv(rest, bands), tir.floormod(rest, bands)
+            inside = i32(0)
+        else:
+            rest, band = tir.floordiv(part, bands), tir.floormod(part, bands)
+            rest, inside = tir.floordiv(rest, images), tir.floormod(rest, images)
+            outside, group = tir.floordiv(rest, groups), tir.floormod(rest, groups)
         values = [
             outside * plan.images + inside,
             tir.floordiv(group, a_block),
@@ -523,7 +539,9 @@ class _Place:
         for m in range(plan.m_tiles):
             values += plan.pixels.first(b * plan.m_tiles + m)
         place = _Place(emitter, "now", values)
-        place.block = (inside * plan.bands + band) * plan.pixels.blocks + b
+        place.block = b
+        if not plan.rows_first:
+            place.block += (inside * plan.bands + band) * plan.pixels.blocks
         return place
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
