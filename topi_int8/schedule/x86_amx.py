@@ -14,7 +14,8 @@ from typing import Any
 from ..compute.conv2d import PackedConv2d
 from ..workload import Conv2dWorkload
 from .stages import divisors
-from .x86_amx_pipeline import Bands, Pipeline
+from .x86_amx_bands import Bands
+from .x86_amx_pipeline import Pipeline
 
 
 def wants_window(work: Conv2dWorkload, block: int) -> bool:

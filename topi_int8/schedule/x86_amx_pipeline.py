@@ -8,12 +8,6 @@ step, each tile just before it starts anew, and become outputs while the rest of
 products run: between two tile instructions stand a few vector ones, so that neither unit waits for
 the other, although the window of out-of-order execution is shorter than a block.
 
-Pixels. With stride 1 the (padded) image is one row of virtual pixels: output (y, x) is number
-``y * width + x``, a tap is a constant offset, and tiles start anywhere. The columns between two
-rows mix them: what they store is overwritten by the next row's own first pixels, which come later.
-With other strides a tile is pixels of one output row. The last tile of a band ends with it and
-repeats some pixels of the tile before, so that no tail is ever short.
-
 Sources. Measured on Granite Rapids (bench/README.md, "What bounds AMX"): a product takes 16 cycles,
 but 20 with its share of loads; `tilestored` occupies the decoder for 22; for some 60 cycles after
 any tile instruction the second 512-bit unit takes neither conversions nor multiplies, and still
@@ -37,121 +31,15 @@ from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES
 from .stages import divisors
 from .stated import bordered, stated, task_loop
+from .x86_amx_bands import Bands
 from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
 UNROLLED = 80
-# Pixels of a tile of 16 that are worth its cost.
-NEARLY_FULL = 12
 # Steps of a reduction that leave no time to make outputs of the sums which the first one stores.
 FEW_STEPS = 2
 # Bytes of weights up to which none are fetched ahead.
 PREFETCHED = 32 << 10
-
-
-@dataclass(frozen=True)
-class Bands:
-    """How a band's pixels become tiles.
-
-    Parameters
-    ----------
-    conv : PackedConv2d
-    m_tiles : int
-        Tiles of pixels in a block.
-    bands : int
-        Bands of output rows, of equal height; the last ones may overlap.
-    """
-
-    conv: PackedConv2d
-    m_tiles: int
-    bands: int
-
-    @property
-    def height(self) -> int:
-        """Output rows of a band."""
-        return -(-self.conv.work.oh // self.bands)
-
-    @property
-    def virtual(self) -> bool:
-        """Whether tiles run over the ends of rows.
-
-        What lies between two rows must not reach beyond the second. Where the tensors that are
-        written and added have rows of that length, too, a pixel's place in them is known; elsewhere
-        finding it costs more than tiles of single rows do, if those are nearly full.
-        """
-        conv, work = self.conv, self.conv.work
-        dense = conv.phases or work.strides == (1, 1)
-        if not dense or conv.window or self._row > 2 * work.ow:
-            return False
-        lengths = {work.stored[1]}
-        if work.epilogue.residual_dtype is not None:
-            lengths.add(work.residual_shape[1])
-        return lengths == {self._row} or -(-work.ow // -(-work.ow // 16)) < NEARLY_FULL
-
-    @property
-    def _row(self) -> int:
-        """Pixels of a row of what tiles are loaded from."""
-        return self.conv.phase_shape[3] if self.conv.phases else self.conv.padded_width
-
-    @property
-    def width(self) -> int:
-        """Pixels from one output row to the next, as tiles count them."""
-        return self._row if self.virtual else self.conv.work.ow
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of a band, those between its rows included."""
-        return (self.height - 1) * self.width + self.conv.work.ow
-
-    @property
-    def _run(self) -> int:
-        """Pixels that a tile may cover in one piece."""
-        return self.pixels if self.virtual else self.conv.work.ow
-
-    @property
-    def rows(self) -> int:
-        """Pixels of a tile: of as many tiles as there must be, the shortest."""
-        tiles = -(-self._run // 16)
-        if self.virtual:
-            tiles = -(-tiles // self.m_tiles) * self.m_tiles
-        return -(-self._run // tiles)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of a band."""
-        a_run = -(-self._run // self.rows)
-        return a_run if self.virtual else a_run * self.height
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a band."""
-        return -(-self.tiles // self.m_tiles)
-
-    def first(self, tile: Any) -> tuple[Any, Any]:
-        """Return (row, column) of a tile's first pixel, in the band."""
-        last = self._run - self.rows
-        if self.virtual:
-            return i32(0), tir.min(tile * self.rows, i32(last))
-        a_row = -(-self._run // self.rows)
-        y = tir.min(tir.floordiv(tile, a_row), i32(self.height - 1))
-        return y, tir.min(tir.floormod(tile, a_row) * self.rows, i32(last))
-
-    def origin(self, row: Any, column: Any, width: int) -> tuple[Any, Any]:
-        """Return a tile's first pixel, counted in rows of `width`, and its pixels in that row."""
-        if not self.virtual:
-            return row * width + column, i32(self.rows)
-        line = tir.floordiv(column, i32(self.width))
-        return column + line * (width - self.width), (line + 1) * self.width - column
-
-    def pixel(self, first: Any, left: Any, offset: int, width: int) -> Any:
-        """Return a tile's pixel, counted in rows of `width`, by its `origin`."""
-        pixel = first + offset
-        if self.virtual and self.width != width and self.height > 1:
-            # Where a division for every pixel would cost as much as making its outputs.
-            for rows in range(-(-offset // self.width)):
-                over = tir.Select(offset >= left + rows * self.width, i32(1), i32(0))
-                pixel += over * (width - self.width)
-        return pixel
 
 
 @dataclass(frozen=True)
