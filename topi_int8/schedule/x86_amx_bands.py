@@ -5,8 +5,9 @@
 With stride 1 the (padded) image is one row of virtual pixels: output (y, x) is number
 ``y * width + x``, a tap is a constant offset, and tiles start anywhere. The columns between two
 rows mix them: what they store is overwritten by the next row's own first pixels, which come later.
-With other strides, and where finding places costs more, a tile is pixels of one output row. The last tile of a band ends with it and
-repeats some pixels of the tile before, so that no tail is ever short.
+With other strides, and where finding places costs more, a tile is pixels of one output row. The
+last tile of a band ends with it and repeats some pixels of the tile before, so that no tail is ever
+short.
 """
 
 from __future__ import annotations
