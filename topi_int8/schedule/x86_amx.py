@@ -56,6 +56,9 @@ SHORT = 4
 # Tasks of a kernel at the most, and multiply-accumulates that one should have: some 8 us. To start
 # a task, and to empty its pipeline, takes 0.2 us.
 TASKS, MACS_A_TASK = 32, 12 << 20
+# Bands of rows that threads share out at the most: each reads all weights. Of more threads some
+# take a part of a band's channels.
+BANDS = 4
 # Blocks that a band of rows should have at least.
 BLOCKS_A_PART = 4
 
@@ -122,12 +125,13 @@ def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     plan = Pipeline(conv, m, n, stream=stream, narrows=narrows)
     most = max(1, min(TASKS, conv.work.macs // MACS_A_TASK))
     rows_first = wants_rows(conv)
-    wanted = -(-most // (conv.work.n if rows_first else plan.parts))
+    wanted = -(-most // plan.parts)
+    if rows_first:
+        wanted = min(-(-most // conv.work.n), BANDS)
     limit = min(wanted, conv.work.oh, max(1, plan.pixels.blocks // BLOCKS_A_PART))
     bands = choose_bands(plan, limit)
     plan = replace(plan, bands=bands, rows_first=rows_first and bands > 1)
-    whole = conv.work.n * bands if plan.rows_first else plan.parts
-    return replace(plan, tasks=max(divisors(whole, most)))
+    return replace(plan, tasks=max(divisors(plan.parts, most)))
 
 
 @dataclass(frozen=True)
