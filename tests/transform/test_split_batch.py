@@ -163,3 +163,52 @@ def test_the_module_is_not_changed(tiny) -> None:
     before = mod.script(show_meta=True)
     assert len(SplitBatch(HOST)(mod).functions) > len(mod.functions)
     assert mod.script(show_meta=True) == before
+
+
+def _two_parameters(other: tuple[int, ...], body: Callable) -> tvm.IRModule:
+    bb = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((16, 32, 12, 12), "float32"))
+    y = relax.Var("y", relax.TensorType(other, "float32"))
+    with bb.function("main", [x, y]):
+        with bb.dataflow():
+            z = bb.emit(body(x, y))
+            for seed in (32, 33, 34):
+                z = conv(bb.emit, z, seed)
+            out = bb.emit_output(OP.mean(z, [2, 3]))
+        bb.emit_func_output(out)
+    return bb.get()
+
+
+@pytest.mark.parametrize(
+    ("other", "body", "splits"),
+    [
+        ((16, 32, 12, 12), OP.add, True),
+        ((16, 32, 1, 1), OP.multiply, True),
+        ((16, 32, 1, 1), NN.conv2d, False),  # weights of 16 channels, not 16 images
+        ((16, 12), lambda x, y: OP.add(x, OP.reshape(y, (16, 1, 1, 12))), True),
+        ((16, 12, 12), lambda x, y: OP.add(x, OP.mean(y, [0])), False),
+    ],
+)
+def test_a_first_axis_of_the_batch_s_length_is_not_always_the_batch(
+    other, body, splits, tiny, monkeypatch
+) -> None:
+    mod = _two_parameters(other, body)
+    assert (len(SplitBatch(HOST)(mod).functions) > 1) == splits
+    rng = np.random.default_rng(0)
+    x, y = (
+        tvm.runtime.tensor(rng.normal(size=shape).astype("float32"))
+        for shape in ((16, 32, 12, 12), other)
+    )
+
+    def run() -> np.ndarray:
+        return relax.VirtualMachine(tvm.compile(mod, HOST), tvm.cpu())["main"](x, y).numpy()
+
+    got = run()
+    monkeypatch.setattr(split_batch, "FITS", 1 << 40)
+    np.testing.assert_allclose(got, run(), rtol=1e-5, atol=1e-5)
+
+
+def test_pieces_of_large_batches_are_not_without_number() -> None:
+    assert [split_batch._size(batch, 8) for batch in (64, 512, 1024, 11, 997, 2 * 997)] == [
+        8, 8, 16, 1, 997, 997,
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ import tvm
 from tvm import relax
 from tvm.target import Target
 
+from .. import op
 from ..op import op_name, static_shape
 from ..schedule.join import joined
 
@@ -26,6 +27,8 @@ from ..schedule.join import joined
 PIECE = 8
 # Cores of a Target that does not say how many.
 CORES = 8
+# Calls of a function at the most: each has a slice of its own.
+CALLS = 64
 # Bytes of an operator's tensors, of one image, from which the images of a piece go one by one.
 LARGE = 640 << 10
 OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
@@ -68,8 +71,8 @@ class SplitBatch:
         batch = _batch_of(func)
         if batch is None:
             return None
-        whole = _divisor(batch, PIECE * self.cores)
-        one = _divisor(whole, self.cores)
+        whole = _size(batch, PIECE * self.cores)
+        one = _size(whole, self.cores)
         independent = _independent(func, batch)
         if max(map(_tensors, independent), default=0) <= FITS * self.cores:
             return None
@@ -103,8 +106,12 @@ class _Unfit(Exception):
     """Operators that are not independent image by image after all, or not worth a piece."""
 
 
-def _divisor(batch: int, most: int) -> int:
-    return max(d for d in range(1, min(batch, most) + 1) if batch % d == 0)
+def _size(batch: int, most: int) -> int:
+    """Return the largest divisor of a batch up to `most`, or one for no more than `CALLS` pieces.
+    """
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    few = [size for size in sizes if batch // size <= CALLS]
+    return max([size for size in few if size <= most], default=few[0])
 
 
 def _bindings(func: relax.Function) -> list[relax.VarBinding]:
@@ -146,7 +153,27 @@ def _stays_first(call: relax.Call) -> bool:
 
 def _by_channel(call: relax.Call) -> bool:
     scale = static_shape(call.args[1])
-    return scale is not None and (math.prod(scale) == 1 or _first_axis(call))
+    constant = scale is not None and _only_first(call)
+    return constant and (math.prod(scale) == 1 or _first_axis(call))
+
+
+def _only_first(call: relax.Call) -> bool:
+    """Whether nothing but the first operand is a variable."""
+    return not any(map(_variables, call.args[1:]))
+
+
+def _images_first(call: relax.Call) -> bool:
+    """Whether the layout of a float operator with constant weights begins with the batch."""
+    layout = getattr(call.attrs, "data_layout", None) or call.attrs.layout
+    return str(layout).startswith("N") and _only_first(call)
+
+
+def _constant_weights(call: relax.Call) -> bool:
+    """Whether data and residual are the only variables of a convolution or matmul."""
+    named = op.operands(call)
+    return not any(
+        _variables(named[name]) for name in ("weight", "bias", "scale") if named[name] is not None
+    )
 
 
 def _always(_call: relax.Call) -> bool:
@@ -166,19 +193,19 @@ _POOLS = (
 _REDUCTIONS = ("relax.mean", "relax.sum", "relax.max", "relax.min")
 # Operators that treat each image alone, where their attributes say no more about the first axis.
 _INDEPENDENT: dict[str, Callable[[relax.Call], bool]] = {
-    **dict.fromkeys((*_UNARY, *_BINARY, *_ACTIVATIONS, *_POOLS), _always),
+    **dict.fromkeys((*_UNARY, *_BINARY, *_ACTIVATIONS), _always),
+    **dict.fromkeys(_POOLS, _images_first),
     **dict.fromkeys(("relax.quantize", "relax.dequantize"), _by_channel),
     "relax.reshape": _always,
     "relax.flatten": _always,
     "relax.permute_dims": _stays_first,
     "relax.concat": lambda call: len(_variables(call)) == len(call.args[0]) and _first_axis(call),
     **dict.fromkeys(("relax.nn.softmax", *_REDUCTIONS), _first_axis),
+    **dict.fromkeys(("topi_int8.conv2d", "topi_int8.matmul"), _constant_weights),
+    **dict.fromkeys(("topi_int8.add", "topi_int8.multiply", "topi_int8.concat"), _always),
     **{
-        f"topi_int8.{name}": _always
-        for name in (
-            "conv2d", "matmul", "add", "affine", "multiply", "requantize", "lookup", "avg_pool2d",
-            "concat", "layout_transform",
-        )
+        f"topi_int8.{name}": _only_first
+        for name in ("affine", "requantize", "lookup", "avg_pool2d", "layout_transform")
     },
 }  # fmt: skip
 
@@ -194,6 +221,9 @@ def _independent(func: relax.Function, batch: int) -> list[relax.VarBinding]:
             return bindings[:at]
         read = _variables(call)
         if not read or not seen.issuperset(read) or _has_one_an_image(call, batch):
+            return bindings[:at]
+        # What is broadcast to more axes has something else than the batch outermost.
+        if len({len(static_shape(var)) for var in read}) > 1:
             return bindings[:at]
         if not rule(call):
             return bindings[:at]
