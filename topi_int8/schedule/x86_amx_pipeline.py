@@ -5,8 +5,9 @@
 A block is up to 2x2, 1x4 or 4x1 tiles of sums: `m_tiles` of `rows` pixels each by `n_tiles` of 16
 channels. Its sums start from the bias, are stored to a small buffer during the next block's first
 step, each tile just before it starts anew, and become outputs while the rest of that block's
-products run, or, where a block has no more than two steps, during the block after: between two tile instructions stand a few vector ones, so that neither unit waits for
-the other, although the window of out-of-order execution is shorter than a block.
+products run, or, where a block has no more than two steps, during the block after: between two
+tile instructions stand a few vector ones, so that neither unit waits for the other, although the
+window of out-of-order execution is shorter than a block.
 
 Sources. Measured on Granite Rapids (bench/README.md, "What bounds AMX"): a product takes 16 cycles,
 but 20 with its share of loads; `tilestored` holds the shuffle port for 16; for some 60 cycles after
