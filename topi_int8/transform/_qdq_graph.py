@@ -9,11 +9,20 @@ from typing import Protocol
 import numpy as np
 import tvm
 import tvm_ffi
-from tvm import relax
+from tvm import ir, relax
 from tvm.ir import GenericConst
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 from ..op import op_name
+
+
+def functions_of(mod: tvm.IRModule) -> list[tuple[ir.GlobalVar, relax.Function]]:
+    """Return the Relax functions that passes rewrite: all but those that FuseOps has made."""
+    return [
+        (gvar, func)
+        for gvar, func in mod.functions_items()
+        if isinstance(func, relax.Function) and "Primitive" not in (func.attrs or {})
+    ]
 
 
 def quantize_key(call: relax.Call) -> tuple | None:
@@ -135,10 +144,7 @@ class _Rewriter(PyExprMutator):
 def rewrite_functions(mod: tvm.IRModule, make_rules: Callable[[Graph], Rules]) -> tvm.IRModule:
     """Return a module whose Relax functions were rebuilt by rules; `mod` itself is left alone."""
     new_mod = mod.clone() if hasattr(mod, "clone") else tvm.IRModule(mod.functions, attrs=mod.attrs)
-    for gvar, func in mod.functions_items():
-        attrs = getattr(func, "attrs", None)
-        if not isinstance(func, relax.Function) or (attrs and ("Primitive" in attrs)):
-            continue
+    for gvar, func in functions_of(mod):
         func = relax.analysis.remove_all_unused(func)
         graph = Graph(func)
         rewriter = _Rewriter(mod, graph, make_rules(graph))

@@ -26,6 +26,7 @@ from ..kernel import activation_block
 from ..layout import Layout
 from ..strategy import LAYOUTS, declines_nhwc
 from ..target import Features, features
+from ._qdq_graph import functions_of
 
 
 @dataclass
@@ -84,10 +85,9 @@ class ConvertLayout:
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Return the converted module; the argument is not changed."""
         converter = _Converter(mod, self.feats, self.layout)
-        for name, func in mod.functions_items():
-            if isinstance(func, relax.Function) and "Primitive" not in (func.attrs or {}):
-                converter.images.clear()
-                converter.builder_.update_func(name, converter.visit_expr(func))
+        for name, func in functions_of(mod):
+            converter.images.clear()
+            converter.builder_.update_func(name, converter.visit_expr(func))
         out = converter.builder_.finalize()
         return relax.transform.DeadCodeElimination()(out)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cache
 
 import tvm
 from tvm import relax
@@ -18,12 +19,11 @@ from tvm.target import Target
 
 from .. import op
 from ..kernel import Blocks
-from ..layout import Layout
 from ..strategy import Decision
 from ..target import Features, features
 from ..workload import INT8_DTYPES
-from ._qdq_graph import Graph
-from .lower import decide, is_nhwc
+from ._qdq_graph import Graph, functions_of
+from .lower import blocks_of, decide, is_nhwc
 
 Border = tuple[int, int, int, int]
 _NONE = (0, 0, 0, 0)
@@ -49,11 +49,10 @@ class KeepBorders:
     def transform_module(self, mod: tvm.IRModule, _ctx: tvm.transform.PassContext) -> tvm.IRModule:
         """Return the rewritten module."""
         new_mod = mod.clone()
-        for gvar, func in mod.functions_items():
-            if isinstance(func, relax.Function) and not (func.attrs and "Primitive" in func.attrs):
-                moves = _moves(Graph(func), self.feats)
-                if moves:
-                    new_mod.update_func(gvar, _Mover(mod, moves).visit_expr(func))
+        for gvar, func in functions_of(mod):
+            moves = _moves(Graph(func), self.feats)
+            if moves:
+                new_mod.update_func(gvar, _Mover(mod, moves).visit_expr(func))
         return new_mod
 
 
@@ -87,41 +86,36 @@ def _moves(graph: Graph, feats: Features) -> list[_Move]:
     for var, value in convs.items():
         data[value.args[0]].append(var)
         added[op.operands(value)["residual"]].append(var)
+
+    @cache
+    def decision(var: relax.Var) -> Decision:
+        """A decision reads the whole weight."""
+        return decide(convs[var], feats)
+
     moves = []
     for writer, value in convs.items():
         readers, adders = data[writer], added[writer]
         if len(readers) != 1 or graph.uses[writer] != 1 + len(adders):
             continue
-        able = all(decide(convs[adder], feats).strategy_row.borders for adder in adders)
-        if able and _may_move(value, convs[readers[0]], feats):
-            border = op.attrs_of(convs[readers[0]])["padding"]
-            moves.append(_Move(writer, readers[0], border, tuple(adders)))
+        reader = readers[0]
+        written, read = op.attrs_of(value), op.attrs_of(convs[reader])
+        same = written["out_zero_point"] == read["data_zero_point"]
+        if not (any(read["padding"]) and same and written["out_dtype"] in INT8_DTYPES):
+            continue
+        able = all(decision(var).strategy_row.borders for var in (writer, reader, *adders))
+        if able and not _copies_without_padding(decision(reader), blocks_of(convs[reader])):
+            moves.append(_Move(writer, reader, read["padding"], tuple(adders)))
     return moves
 
 
-def _may_move(writer: relax.Call, reader: relax.Call, feats: Features) -> bool:
-    """Whether the padding of `reader` is worth a border of what `writer` writes, and may be one."""
-    written, read = op.attrs_of(writer), op.attrs_of(reader)
-    if not any(read["padding"]) or written["out_dtype"] not in INT8_DTYPES:
-        return False
-    if written["out_zero_point"] != read["data_zero_point"]:
-        return False
-    writes, reads = decide(writer, feats), decide(reader, feats)
-    if not (writes.strategy_row.borders and reads.strategy_row.borders):
-        return False
-    top, left, bottom, right = read["padding"]
-    work = reads.work
+def _copies_without_padding(decision: Decision, blocks: Blocks) -> bool:
+    """Whether a kernel copies its data for other reasons than its padding."""
+    work = decision.work
+    top, left, bottom, right = work.padding
     bare = replace(
         work, padding=_NONE, ih=work.ih + top + bottom, iw=work.iw + left + right
     )
-    return _copies(reads, reader) and not _copies(replace(reads, work=bare), reader)
-
-
-def _copies(decision: Decision, call: relax.Call) -> bool:
-    """Whether the kernel copies its data before it reads them."""
-    attrs = op.attrs_of(call)
-    blocks = Blocks(*(Layout.parse(attrs[f"{of}_layout"]).block for of in ("data", "out")))
-    return decision.kernel(blocks).packing.needs_pad
+    return replace(decision, work=bare).kernel(blocks).packing.needs_pad
 
 
 @mutator

@@ -33,7 +33,7 @@ from ..target import Features, features
 from ..workload import INT8_DTYPES, Epilogue, with_known_bounds
 from .convert_layout import ConvertLayout
 
-_OPAQUE = 8  # relax OpPatternKind.kOpaque: FuseOps leaves the function alone
+_OPAQUE = 8  # relax OpPatternKind.kOpaque
 
 
 @tvm.transform.module_pass(opt_level=0, name="topi_int8.Lower")
@@ -92,6 +92,17 @@ def is_nhwc(call: relax.Call) -> bool:
     return op.attrs_of(call)["data_layout"] == op.attrs_of(call)["out_layout"] == "NHWC"
 
 
+def blocks_of(call: relax.Call) -> Blocks:
+    """Return the channel blocks of a packed `topi_int8.conv2d` call."""
+    attrs = op.attrs_of(call)
+    return Blocks(*(Layout.parse(attrs[f"{of}_layout"]).block for of in ("data", "out")))
+
+
+def opaque(func: Any) -> Any:
+    """Return a scheduled function as one that FuseOps leaves alone."""
+    return func.with_attr({"op_pattern": _OPAQUE}).without_attr("global_symbol")
+
+
 # The operators; the method of the same name lowers each.
 _LOWERED = (
     "conv2d", "matmul", "add", "affine", "multiply", "requantize", "lookup", "avg_pool2d",
@@ -131,7 +142,7 @@ class _Lowering(PyExprMutator):
         uses_amx = "amx" in decision.strategy
         kernel = decision.kernel(blocks, ask_permission=uses_amx and not self.asked_permission)
         self.asked_permission |= uses_amx
-        return kernel, self.builder_.add_func(self._ours(kernel.func), decision.strategy)
+        return kernel, self.builder_.add_func(opaque(kernel.func), decision.strategy)
 
     def pack_operands(self, call: relax.Call, kernel: Kernel) -> list[Any]:
         """Return the packed [weight, (bias), (scale)] of a call."""
@@ -185,11 +196,7 @@ class _Lowering(PyExprMutator):
     def conv2d(self, call: relax.Call) -> Any:
         """Lower a packed convolution."""
         attrs, named, shape = op.attrs_of(call), op.operands(call), op.shape_of(call)
-        blocks = None
-        if not is_nhwc(call):
-            blocks = Blocks(
-                Layout.parse(attrs["data_layout"]).block, Layout.parse(attrs["out_layout"]).block
-            )
+        blocks = None if is_nhwc(call) else blocks_of(call)
         kernel, func = self.kernel(decide(call, self.feats), blocks)
 
         def view(expr: Any) -> Any:
@@ -258,7 +265,7 @@ class _Lowering(PyExprMutator):
         shape, dtype = op.shape_of(data), str(call.ty.dtype)
         shuffle = byte_lookup.best(self.feats.arch, self.feats.llvm)
         kernel = Lookup(math.prod(shape), str(data.ty.dtype), dtype, shuffle)
-        func = self.builder_.add_func(self._ours(kernel.schedule()), "lookup")
+        func = self.builder_.add_func(opaque(kernel.schedule()), "lookup")
         args = [
             self.reshape(data, (kernel.size,)),
             relax.const(kernel.pack_table(table.value.numpy())),
@@ -283,13 +290,8 @@ class _Lowering(PyExprMutator):
             relax.const(vector.value.numpy().reshape(kernel.out_shape[1], kernel.out_block))
             for vector in call.args[len(parts) :]
         ]
-        func = self.builder_.add_func(self._ours(kernel.schedule()), "concat")
+        func = self.builder_.add_func(opaque(kernel.schedule()), "concat")
         return relax.call_tir(func, [*parts, *vectors], out_ty=call.ty)
-
-    @staticmethod
-    def _ours(func: Any) -> Any:
-        """Return a scheduled function as one that FuseOps leaves alone."""
-        return func.with_attr({"op_pattern": _OPAQUE}).without_attr("global_symbol")
 
     def quantize(self, call: relax.Call) -> Any:
         """Lower ``relax.quantize`` by scalars, half to even; return other calls as they are.
