@@ -13,6 +13,7 @@ from tvm import relax
 
 import topi_int8
 from tests.graphs import build, op_name
+from topi_int8 import op
 from topi_int8.transform import split_batch
 from topi_int8.transform.pipeline import integer_passes
 from topi_int8.transform.split_batch import SplitBatch
@@ -206,6 +207,58 @@ def test_a_first_axis_of_the_batch_s_length_is_not_always_the_batch(
     got = run()
     monkeypatch.setattr(split_batch, "FITS", 1 << 40)
     np.testing.assert_allclose(got, run(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "splits"), [(1, True), (16, False)])
+@pytest.mark.parametrize("name", ["add", "concat"])
+def test_constants_of_the_batch_s_length_are_not_cut(name, images, splits, tiny) -> None:
+    """A residual, or a part of a concat, with something else for every image; a concat's parts are
+    images, and so never one for all.
+    """
+    rng = np.random.default_rng(0)
+    constant = relax.const(rng.normal(size=(images, 32, 24, 24)).astype("float32"))
+
+    def net(emit: Callable, x: Any) -> Any:
+        y = conv(emit, x, 32)
+        if name == "add":
+            y = emit(OP.add(y, constant))
+        else:
+            every = relax.const(np.zeros((16 // images, 1, 1, 1), "float32"))
+            y = emit(OP.concat([y, emit(OP.add(constant, every))], axis=1))
+        return emit(OP.mean(conv(emit, conv(emit, y, 33), 34), [2, 3]))
+
+    mod = build((16, 3, 24, 24), net)
+    assert (len(SplitBatch(HOST)(mod).functions) > 1) == (splits and name == "add")
+
+
+def test_a_constant_residual_is_not_cut(tiny) -> None:
+    """Of `topi_int8.conv2d`, which takes it unchecked."""
+    rng = np.random.default_rng(0)
+    weight = relax.const(rng.integers(-9, 9, (32, 32, 3, 3)).astype("int8"))
+    scale = relax.const(np.full(32, 0.01, "float32"))
+
+    def net(residual: Any) -> tvm.IRModule:
+        x = relax.Var("x", relax.TensorType((16, 2, 24, 24, 16), "uint8"))
+        bb = relax.BlockBuilder()
+        with bb.function("main", [x]):
+            with bb.dataflow():
+                y: Any = x
+                for _ in range(3):
+                    y = bb.emit(op.conv2d(
+                        y, weight, scale=scale, residual=residual if residual else y,
+                        padding=(1, 1, 1, 1), data_layout="NCHW16c", channels=32,
+                        out_dtype="uint8",
+                    ))  # fmt: skip
+                out = bb.emit_output(NN.max_pool2d(
+                    y, (24, 24), strides=(24, 24), layout="NCHW16c", out_layout="NCHW16c"
+                ))  # fmt: skip
+            bb.emit_func_output(out)
+        return bb.get()
+
+    constant = relax.const(rng.integers(0, 9, (16, 2, 24, 24, 16)).astype("uint8"))
+    assert len(SplitBatch(HOST)(net(None)).functions) > 1
+    unsplit = net(constant)
+    assert tvm_ffi.structural_equal(SplitBatch(HOST)(unsplit), unsplit)
 
 
 def test_pieces_of_large_batches_are_not_without_number() -> None:
