@@ -138,10 +138,9 @@ class Conv2dWorkload:
 
     ``padding`` is (top, left, bottom, right). ``out_border``, likewise, is rows and columns around
     the stored output that hold its zero point: the padding that whoever reads it would add;
-    ``residual_border`` is what the residual has around it.
-    ``weight_range`` is the pair (min, max) of a constant
-    weight, when known: it is what proves that vpmaddubsw cannot saturate. ``depthwise``
-    convolutions are groups == ic == oc.
+    ``residual_border`` is what the residual has around it. ``weight_range`` is the pair (min, max)
+    of a constant weight, when known: it is what proves that vpmaddubsw cannot saturate.
+    ``depthwise`` convolutions are groups == ic == oc.
     """
 
     n: int

@@ -25,8 +25,8 @@ from tests.grid import DTYPES, EPILOGUE_BASES, EPILOGUES, MATMULS, SAME, SHAPES,
 from tests.kernels import Assembly, build, check, check_instructions, decide
 from topi_int8 import kernel
 from topi_int8.kernel import Blocks
+from topi_int8.schedule.stages import PREFETCHED
 from topi_int8.schedule.x86_amx import choose_bands
-from topi_int8.schedule.x86_amx_pipeline import PREFETCHED
 from topi_int8.strategy import FEW_ROWS
 from topi_int8.target import features, isa_target, runs_here
 from topi_int8.workload import Conv2dWorkload

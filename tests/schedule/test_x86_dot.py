@@ -13,8 +13,8 @@ from tests.grid import EPILOGUES, conv
 from tests.kernels import Assembly, build, check, decide
 from topi_int8.kernel import Blocks
 from topi_int8.schedule.spatial_pack import SpatialPack
-from topi_int8.schedule.stages import TASKS
-from topi_int8.schedule.x86_dot import PREFETCHED, DotPlan, pixels_of
+from topi_int8.schedule.stages import PREFETCHED, TASKS
+from topi_int8.schedule.x86_dot import DotPlan, pixels_of
 from topi_int8.workload import MatmulWorkload
 
 U8, S8 = EPILOGUES["u8_bounded"], EPILOGUES["s8_bounded"]

@@ -254,6 +254,21 @@ class PackedConv2d:
         """Return what belongs to kw and to the blocks of ic in the order of the reduction."""
         return (blocks, kw) if self.kw_inside else (kw, blocks)
 
+    def steps(self, channels: int) -> dict[str, int]:
+        """Return the loops of the reduction, outermost first, of steps of so many channels."""
+        taps = self.ordered(("kw", self.taps_w), ("cb", self.in_blocks_per_group))
+        return dict((("kh", self.taps_h), *taps, ("ik", self.step_block // channels)))
+
+    @property
+    def image_size(self) -> int:
+        """Elements of one image's data, as steps read it."""
+        return self.in_blocks * self.step_block * self.work.ih * self.work.iw
+
+    @property
+    def weight_size(self) -> int:
+        """Elements of the packed weight."""
+        return math.prod(self.weight_shape)
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Packed weight, in the order the inner loop reads it.

@@ -16,8 +16,8 @@ from tvm import te
 from intrinsics import compat
 from intrinsics.compat import i32, tir
 
-# Bytes of a piece below which one task is as fast as several.
-_PARALLEL_BYTES = 32768
+# Elements of a piece below which one task is as fast as several.
+_PARALLEL = 32768
 
 
 def joined(shape: tuple[int, ...], count: int, dtype: str) -> Any:
@@ -42,15 +42,15 @@ def joined(shape: tuple[int, ...], count: int, dtype: str) -> Any:
     pieces = [te.placeholder(shape, dtype, f"piece{at}") for at in range(count)]
 
     def emit(ins: list[Any], outs: list[Any]) -> Any:
-        return compat.sequence([_copy(piece, outs[0], at) for at, piece in enumerate(ins)])
+        return compat.sequence([copy(piece, outs[0], at) for at, piece in enumerate(ins)])
 
-    def _copy(piece: Any, out: Any, at: int) -> Any:
+    def copy(piece: Any, out: Any, at: int) -> Any:
         places = [tir.Var(f"i{axis}", "int32") for axis in range(len(shape))]
         first = [places[0] + i32(at * shape[0]), *places[1:]]
         body = tir.BufferStore(out, tir.BufferLoad(piece, places), first)
         # The outermost axis that tasks can share out.
         shared = next((axis for axis, extent in enumerate(shape) if extent > 1), 0)
-        worth = math.prod(shape) >= _PARALLEL_BYTES
+        worth = math.prod(shape) >= _PARALLEL
         for axis in range(len(shape) - 1, -1, -1):
             body = compat.loop(
                 places[axis], shape[axis], [body], parallel=worth and axis == shared

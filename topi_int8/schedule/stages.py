@@ -74,6 +74,10 @@ def divisors(n: int, limit: int) -> list[int]:
 TASKS = 32
 
 
+# Weights up to which none are fetched ahead: they are in the second-level cache soon enough.
+PREFETCHED = 32 << 10
+
+
 def rows_per_task(outer: int, rows: int, tasks: int = TASKS) -> int:
     """Return how many rows a task takes, of `rows` in each of `outer` iterations around them.
 

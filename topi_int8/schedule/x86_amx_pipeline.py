@@ -30,7 +30,7 @@ from intrinsics.x86_narrow import LANES, in_order, shifted
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES
-from .stages import divisors
+from .stages import PREFETCHED, divisors
 from .stated import bordered, stated, task_loop
 from .x86_amx_bands import Bands
 from .x86_window import weaves, woven
@@ -39,8 +39,6 @@ from .x86_window import weaves, woven
 UNROLLED = 80
 # Steps of a reduction that leave no time to make outputs of the sums which the first one stores.
 FEW_STEPS = 2
-# Bytes of weights up to which none are fetched ahead.
-PREFETCHED = 32 << 10
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,7 @@ class Pipeline:
     @property
     def steps(self) -> dict[str, int]:
         """The loops of the reduction, outermost first."""
-        conv = self.conv
-        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
-        return dict((("kh", conv.taps_h), *taps, ("ik", conv.step_block // self.step)))
+        return self.conv.steps(self.step)
 
     @property
     def depth(self) -> int:
@@ -134,7 +130,7 @@ class Pipeline:
         A network's weights are rarely in it. A group's blocks share its lines out in the order of
         memory, for the processor itself fetches ahead only of what is read in that order.
         """
-        if math.prod(self.conv.weight_shape) <= PREFETCHED:
+        if self.conv.weight_size <= PREFETCHED:
             return 0
         return -(-self._lines // self.blocks)
 
@@ -162,14 +158,21 @@ class Pipeline:
         """
         if self.rows_first:
             return 1
-        data = self.conv.in_blocks * self.conv.step_block * self.conv.work.ih * self.conv.work.iw
         all_images = self.conv.work.n
-        return all_images if math.prod(self.conv.weight_shape) > all_images * data else 1
+        return all_images if self.conv.weight_size > all_images * self.conv.image_size else 1
 
     @property
     def parts(self) -> int:
         """Bands of groups of channels, of all images."""
         return self.conv.work.n * self.groups * self.bands
+
+    @property
+    def order(self) -> dict[str, int]:
+        """The loops over the parts, outermost first; images are outside and inside of groups."""
+        outside, group = ("outside", self.conv.work.n // self.images), ("group", self.groups)
+        inside, band = ("inside", self.images), ("band", self.bands)
+        return dict((outside, band, inside, group) if self.rows_first
+                    else (outside, group, inside, band))  # fmt: skip
 
     @property
     def groups(self) -> int:
@@ -233,9 +236,8 @@ class _Emitter:
         # The first times round this makes outputs of what is not there yet, in the block's own
         # place, where they are made again.
         before = now.copy("before", self._or_before(plan.lag))
-        read = self._carried(self._part) if plan.lag > 1 else i32(0)
-        part = 1 - read if plan.lag > 1 else i32(0)
-        lines = before.lines(read)
+        stored, part = self._parts()
+        lines = before.lines(stored)
         passed_on = range(self.place_size * (plan.lag - 1) - 1, -1, -1)
         body = [
             *now.binds, *before.binds,
@@ -261,8 +263,7 @@ class _Emitter:
         """Return what makes outputs of the last blocks."""
         lag, tiles = self.plan.lag, range(self.block.c_tiles)
         final = now.copy("final", lambda at, _: self._carried(at))
-        stored = self._carried(self._part) if lag > 1 else i32(0)
-        part = 1 - stored if lag > 1 else i32(0)
+        stored, part = self._parts()
         outputs, earlier = final.lines(part), []
         if lag > 1:
             place = final.copy("earlier", self._or_before(lag))
@@ -276,6 +277,13 @@ class _Emitter:
         first = self.place_size * (ago - 1)
         none = self._carried(first) < 0
         return lambda at, value: tir.Select(none, value, self._carried(first + at))
+
+    def _parts(self) -> tuple[Any, Any]:
+        """Return which part of `sums` was stored last, and which is the next to be."""
+        if self.plan.lag == 1:
+            return i32(0), i32(0)
+        stored = self._carried(self._part)
+        return stored, 1 - stored
 
     @property
     def _part(self) -> int:
@@ -317,10 +325,8 @@ class _Emitter:
 
     def _step(self, at: _Place, step: Any) -> list[Any]:
         """Return one step, each product with the loads it waits for."""
-        place, number = {}, step
-        for name, extent in reversed(self.plan.steps.items()):
-            place[name], step = tir.floormod(step, i32(extent)), tir.floordiv(step, i32(extent))
-        out, pending = [], self._prefetch(at, number)
+        place = _digits(step, self.plan.steps)
+        out, pending = [], self._prefetch(at, step)
         for what, *operands in self.block.step():
             if what == "a":
                 pending.append(self._load_a(at, place, *operands))
@@ -407,30 +413,21 @@ class _Place:
     def of_block(emitter: _Emitter, part: Any, b: Any) -> _Place:
         """Return the place of block `b` of a part."""
         plan = emitter.plan
-        bands, images, groups, a_block = (
-            i32(v) for v in (plan.bands, plan.images, plan.groups, plan.groups_a_block)
-        )
+        at = _digits(part, plan.order)
+        a_block = i32(plan.groups_a_block)
         lowest = i32(emitter.conv.work.oh - plan.pixels.height)
-        if plan.rows_first:
-            rest, group = tir.floordiv(part, groups), tir.floormod(part, groups)
-            outside, band = tir.floordiv(rest, bands), tir.floormod(rest, bands)
-            inside = i32(0)
-        else:
-            rest, band = tir.floordiv(part, bands), tir.floormod(part, bands)
-            rest, inside = tir.floordiv(rest, images), tir.floormod(rest, images)
-            outside, group = tir.floordiv(rest, groups), tir.floormod(rest, groups)
         values = [
-            outside * plan.images + inside,
-            tir.floordiv(group, a_block),
-            tir.floormod(group, a_block) * (16 * plan.n_tiles),
-            tir.min(band * plan.pixels.height, lowest),
+            at["outside"] * plan.images + at["inside"],
+            tir.floordiv(at["group"], a_block),
+            tir.floormod(at["group"], a_block) * (16 * plan.n_tiles),
+            tir.min(at["band"] * plan.pixels.height, lowest),
         ]
         for m in range(plan.m_tiles):
             values += plan.pixels.first(b * plan.m_tiles + m)
         place = _Place(emitter, "now", values)
         place.block = b
         if not plan.rows_first:
-            place.block += (inside * plan.bands + band) * plan.pixels.blocks
+            place.block += (at["inside"] * plan.bands + at["band"]) * plan.pixels.blocks
         return place
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:
@@ -470,13 +467,11 @@ class _Place:
         narrows = emitter.plan.narrows and epi.out_dtype in INT8_DTYPES
         values, places = [], []
         for q in pixels:
-            work = emitter.conv.work
-            places.append(self._pixel(q, work.stored[1], work.out_border))
-            pixel = self._pixel(q, work.residual_shape[1], work.residual_border)
+            places.append(self._pixel(q, emitter.conv.work.out_border))
             for j in range(self._n):
                 index = [half, i32(j), i32(q), ramp(i32(0), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
-                residual = self._residual(pixel, j)
+                residual = self._residual(q, j)
                 if narrows:
                     values.append(real_value(epi, total, scales[j], residual))
                 else:
@@ -498,9 +493,10 @@ class _Place:
             stores.append(self._put(value, places[p], 16 * j, LANES))
         return sequence(stores)
 
-    def _pixel(self, q: int, width: int, border: tuple[int, int, int, int]) -> Any:
-        """Return the pixel of the block's q-th, counted in rows of `width`, inside a border."""
+    def _pixel(self, q: int, border: tuple[int, int, int, int]) -> Any:
+        """Return where the block's q-th pixel lies in a tensor with that border."""
         plan = self.emitter.plan
+        width = plan.conv.work.ow + border[1] + border[3]
         m, offset = divmod(q, plan.pixels.rows)
         if (m, border) not in self.origins:
             first, left = plan.pixels.origin(*self.tiles[m], width)
@@ -514,7 +510,7 @@ class _Place:
         index = [self.n, self.ob, i32(0), pixel, ramp(self.channel + channel, width)]
         return tir.BufferStore(self.emitter.out, value, index)
 
-    def _residual(self, pixel: Any, j: int) -> Any:
+    def _residual(self, q: int, j: int) -> Any:
         """Return a vector of the residual, its zero point subtracted on AVX-512; or None."""
         emitter, conv = self.emitter, self.emitter.conv
         if emitter.residual is None:
@@ -523,11 +519,21 @@ class _Place:
         channel = ramp(self.channel + 16 * j, LANES)
         if conv.crops:  # the surplus of the last block is not stored
             channel = tir.min(channel, i32(conv.out_store - 1))
+        pixel = self._pixel(q, conv.work.residual_border)
         index = [self.n, self.ob, i32(0), pixel, channel]
         residual = tir.BufferLoad(emitter.residual, index)
         if emitter.plan.narrows and epi.residual_dtype in INT8_DTYPES:
             return shifted(residual, epi.residual_zero_point)
         return residual
+
+
+def _digits(number: Any, extents: dict[str, int]) -> dict[str, Any]:
+    """Return a number's place in each of nested loops, outermost first."""
+    place = {}
+    for name, extent in reversed(extents.items()):
+        place[name] = tir.floormod(number, i32(extent))
+        number = tir.floordiv(number, i32(extent))
+    return place
 
 
 def _strewn(stmts: list[Any], lines: list[Any]) -> list[Any]:

@@ -25,12 +25,10 @@ from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, narrowed_values, real_value
 from ..workload import INT8_DTYPES, Conv2dWorkload
 from .spatial_pack import Tile
-from .stages import TASKS
+from .stages import PREFETCHED, TASKS
 from .stated import bordered, stated, task_loop
 
 PRODUCTS = {"vpdpbusd": vpdpbusd, "vpmaddubsw": vpmaddubsw, "vpmaddwd": maddwd}
-# Bytes of weights up to which none are fetched ahead.
-PREFETCHED = 32 << 10
 
 
 def pixels_of(work: Conv2dWorkload) -> tuple[int, int]:
@@ -91,9 +89,7 @@ class DotPlan:
     @property
     def steps(self) -> dict[str, int]:
         """The loops of the reduction, outermost first."""
-        conv = self.conv
-        taps = conv.ordered(("kw", conv.taps_w), ("cb", conv.in_blocks_per_group))
-        return dict((("kh", conv.taps_h), *taps, ("ik", conv.step_block // conv.k)))
+        return self.conv.steps(self.conv.k)
 
     @property
     def lines(self) -> int:
@@ -109,13 +105,19 @@ class DotPlan:
         order of memory, for the processor itself fetches ahead only of what is read in that order.
         """
         # A lone tile reads weights as fast as they come.
-        if self.tiles == 1 or math.prod(self.conv.weight_shape) <= PREFETCHED:
+        if self.tiles == 1 or self.conv.weight_size <= PREFETCHED:
             return 0, 0
         extents = tuple(self.steps.values())
         turns = [self.tiles * math.prod(extents[:loops]) for loops in range(len(extents) + 1)]
         # A line in twice as many turns is better than many in a few.
         loops = max((at for at, count in enumerate(turns) if count <= 2 * self.lines), default=0)
         return loops, -(-self.lines // turns[loops])
+
+    @property
+    def prefetching(self) -> int:
+        """Tiles of an image that fetch; those after them ask for what the last one did."""
+        loops, count = self.prefetches
+        return -(-self.lines // (math.prod(list(self.steps.values())[:loops]) * count))
 
     def schedule(self) -> Any:
         """Return the PrimFunc (data, weight, [bias], [scale], [residual], out)."""
@@ -227,8 +229,7 @@ class _Emitter:
 
     def _step(self, at: _Place, place: dict[str, Any]) -> list[Any]:
         """Return the products of `k` channels of a tap."""
-        conv, stmts = self.conv, []
-        weights = []
+        conv, stmts, weights = self.conv, [], []
         for vector, (b, v) in enumerate(self.vectors):
             own = i32(b * (conv.out_block // self.lanes) + v)
             lanes = ramp(i32(0), self.lanes * conv.k)
@@ -251,10 +252,7 @@ class _Emitter:
         loops, count = plan.prefetches
         if not count:
             return []
-        turns = math.prod(list(plan.steps.values())[:loops])
-        # Tiles past the end of the group ask for what the last one did.
-        busy = -(-plan.lines // (turns * count))
-        turn = tir.min(at.number, i32(busy - 1))
+        turn = tir.min(at.number, i32(plan.prefetching - 1))
         for name, extent in list(plan.steps.items())[:loops]:
             turn = turn * extent + place[name]
         origin = {name: i32(0) for name in plan.steps}
@@ -360,6 +358,7 @@ class _Emitter:
         return [at.n, at.ob + b, at.y + y, at.x + x, channel]
 
     def _stored(self, at: _Place, b: int, pixel: int, v: int, count: int) -> list[Any]:
+        """Return `_where` in the output, which may have a border."""
         return _inside(self.conv.work.out_border, self._where(at, b, pixel, v, count))
 
     def _residual(self, at: _Place, b: int, pixel: int, v: int) -> Any:
