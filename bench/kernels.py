@@ -96,7 +96,7 @@ def build(workload: Workload, target: Target, seed: int = 0, place: Place = HERE
     strategy = importlib.import_module("topi_int8.strategy")
     conv = isinstance(workload, Conv2dWorkload)
     operands = random_operands(workload, seed)
-    workload = with_known_bounds(workload, operands.bias, operands.scale)
+    workload = with_known_bounds(workload, operands.weight, operands.bias, operands.scale)
     decision = (strategy.conv2d if conv else strategy.matmul)(workload, target)
     kernel = decision.kernel()
     func = kernel.func.with_attr("global_symbol", "main")

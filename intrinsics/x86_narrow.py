@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import i32, lanes_of, pure_call, tir
+from .compat import i32, lanes_of, pure_call, ramp, tir
 
 LANES = 16
 _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -50,8 +50,53 @@ def shifted(values: Any, zero_point: int) -> Any:
     return tir.reinterpret(f"float32x{LANES}", bits) - base
 
 
+def spread(row: Any, dtype: str, at: int, zero_point: int) -> Any:
+    """Return float32x16 of ``values - zero_point``, exactly, for 16 of 64 bytes: `PACK_ORDER`'s.
+
+    A `vpshufb` brings each byte to the low end of the bits of 1.5 * 2**23, which an addition takes
+    off again.
+
+    Parameters
+    ----------
+    row : PrimExpr
+        64 values in a vector.
+    dtype : str
+        "uint8" or "int8".
+    at : int
+        Which of the four vectors.
+    zero_point : int
+    """
+    base = ROUND + zero_point
+    if dtype == "int8":  # x + 128, unsigned
+        row = tir.reinterpret("uint8x64", row) ^ tir.Broadcast(tir.const(128, "uint8"), 64)
+        base += 128
+    # Byte 4 * at + i of a lane for its i-th word; negative, which the mask leaves out, above it.
+    word = ramp(i32(0), LANES) & tir.Broadcast(i32(3), LANES)
+    index = word + tir.Broadcast(i32(4 * at - 0x7F7F8000), LANES)
+    index = tir.reinterpret("int8x64", index)
+    moved = pure_call(
+        "llvm.x86.avx512.pshuf.b.512", "int8x64", tir.reinterpret("int8x64", row), index
+    )
+    above = tir.reinterpret("int8x64", tir.Broadcast(tir.const(ROUND_BITS, "int32"), LANES))
+    chosen = tir.Select(index < tir.Broadcast(tir.const(0, "int8"), 64), above, moved)
+    return tir.reinterpret(f"float32x{LANES}", chosen) - tir.Broadcast(
+        tir.const(base, "float32"), LANES
+    )
+
+
+def from_bits(sums: Any) -> Any:
+    """Return float32x16 of int32 sums that were counted from `ROUND_BITS`: one addition, exact.
+
+    Those bits are the float32 1.5 * 2**23 + sum, as long as the sum's magnitude is below 2**22.
+    """
+    floats = tir.reinterpret(f"float32x{LANES}", sums)
+    return floats - tir.Broadcast(tir.const(ROUND, "float32"), LANES)
+
+
 # The 32-bit word at which `narrowed` leaves each group of four values.
 WORDS = tuple(4 * (w % 4) + w // 4 for w in range(16))
+# Which of 64 channels each value of four vectors is, for `narrowed` to leave them in their order.
+PACK_ORDER = tuple(4 * WORDS[at // 4] + at % 4 for at in range(64))
 
 
 def narrowed(

@@ -137,6 +137,10 @@ EPILOGUES: dict[str, Epilogue] = {
     "u8_bounded": _requantized("uint8", 7, clip_min=9, clip_max=200, bounded=True),
     "s8": _requantized("int8", -3),
     "s8_bounded": _requantized("int8", 0, bounded=True, **_residual("int8", 5, 0.8)),
+    "u8_small_sums": _requantized(
+        "uint8", 4, clip_min=4, bounded=True, small_sums=True, **_residual("uint8", 0, 0.6)
+    ),
+    "s8_small_sums": _requantized("int8", 2, small_sums=True, **_residual("int8", -7, 1.1)),
     "s8_zero_point_min": _requantized("int8", -128),
     "s8_clip": _requantized("int8", 10, clip_min=10, clip_max=77),
     "u8_residual_u8": _requantized("uint8", 9, **_residual("uint8", 12, 0.37)),

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload, known_bounded
+from topi_int8.workload import Conv2dWorkload, Epilogue, MatmulWorkload, with_known_bounds
 
 CONV = {"n": 1, "ic": 8, "ih": 9, "iw": 9, "oc": 16, "kh": 3, "kw": 3}
 MATMUL = {"m": 4, "n": 5, "k": 6}
@@ -161,7 +161,8 @@ def test_workloads_are_values():
 
 
 EPI = Epilogue("uint8", bias=True, scale=True)
-PROVEN = Conv2dWorkload(1, 64, 4, 4, 2, 1, 1, weight_range=(-127, 5), epilogue=EPI)
+PROVEN = Conv2dWorkload(1, 64, 4, 4, 2, 1, 1, epilogue=EPI)
+WEIGHT = np.stack([np.full((64, 1, 1), -127, "int8"), np.full((64, 1, 1), 5, "int8")])
 RESIDUAL = {"residual_dtype": "uint8", "residual_zero_point": 3, "residual_scale": 2.0}
 
 
@@ -171,7 +172,7 @@ RESIDUAL = {"residual_dtype": "uint8", "residual_zero_point": 3, "residual_scale
         (PROVEN, 255, 0),
         (dataclasses.replace(PROVEN, data_zero_point=127), 128, 0),
         (PROVEN.with_epilogue(dataclasses.replace(EPI, **RESIDUAL)), 255, 2 * 252),
-        (MatmulWorkload(4, 2, 64, weight_range=(-127, 5), epilogue=EPI), 255, 0),
+        (MatmulWorkload(4, 2, 64, epilogue=EPI), 255, 0),
     ],
     ids=["plain", "zero_point", "residual", "matmul"],
 )
@@ -180,18 +181,35 @@ def test_values_known_to_be_bounded(work, data, residual):
     limit = (2**23 - residual) / (64 * data * 127 + 1000)
     for factor, bounded in ((0.999999, True), (1.000001, False)):
         scale = np.float64([-limit, limit / 2]) * factor
-        assert known_bounded(work, bias, scale) == bounded
-    assert not known_bounded(work, None, bias * 1e-9) and not known_bounded(work, bias, None)
+        assert with_known_bounds(work, WEIGHT, bias, scale).epilogue.bounded == bounded
+    for unknown in ((WEIGHT, None, bias * 1e-9), (WEIGHT, bias, None), (None, bias, bias * 1e-9)):
+        assert not with_known_bounds(work, *unknown).epilogue.bounded
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        PROVEN.with_epilogue(dataclasses.replace(EPI, residual_dtype="float32")),
-        dataclasses.replace(PROVEN, weight_range=None),
-        Conv2dWorkload(**(CONV | FLOAT), epilogue=Epilogue("float32")),
-    ],
-    ids=["residual", "weights", "float"],
-)
-def test_values_not_known_to_be_bounded(work):
-    assert not known_bounded(work, np.int32([0]), np.float32([1e-9]))
+@pytest.mark.parametrize("zero_point", [0, 127])
+def test_sums_known_to_be_small(zero_point):
+    work = dataclasses.replace(PROVEN, data_zero_point=zero_point)
+    most = 64 * (255 - zero_point) * 127
+    for bias, small in ((2**22 - most - 1, True), (2**22 - most, False)):
+        found = with_known_bounds(work, WEIGHT, np.int32([0, -bias]), None).epilogue
+        assert found.small_sums == small and not found.bounded
+    for unknown in ((WEIGHT, None), (None, np.int32([0, 0]))):
+        assert not with_known_bounds(work, *unknown, None).epilogue.small_sums
+
+
+def test_sums_are_of_each_channel():
+    """The largest weight times the depth would be too much: no channel has as many."""
+    weight = np.zeros((2, 64, 3, 3), "int8")
+    weight[0, 5] = weight[1, 7] = 127
+    work = dataclasses.replace(PROVEN, kh=3, kw=3)
+    assert with_known_bounds(work, weight, np.int32([0, 0]), None).epilogue.small_sums
+    weight[:] = 127
+    assert not with_known_bounds(work, weight, np.int32([0, 0]), None).epilogue.small_sums
+
+
+def test_values_of_a_float_residual_are_not_known_to_be_bounded():
+    work = PROVEN.with_epilogue(dataclasses.replace(EPI, residual_dtype="float32"))
+    found = with_known_bounds(work, WEIGHT, np.int32([0, 0]), np.float32([1e-9, 1e-9]))
+    assert not found.epilogue.bounded
+    work = Conv2dWorkload(**(CONV | FLOAT), epilogue=Epilogue("float32"))
+    assert with_known_bounds(work, WEIGHT, None, None) == work

@@ -67,7 +67,10 @@ class Epilogue:
         Multiplier that brings the residual to units of the output.
     bounded : bool
         Whether no value, before it is rounded and clipped, can be -2**23 or less: then a kernel may
-        leave the lower bound to the saturation of its narrowing. `known_bounded` proves it.
+        leave the lower bound to the saturation of its narrowing. `with_known_bounds` proves it.
+    small_sums : bool
+        Whether every sum with its bias is between -2**22 and 2**22: then a kernel may count it in
+        the bits of a float32. `with_known_bounds` proves it.
     """
 
     out_dtype: str = "int32"
@@ -80,6 +83,7 @@ class Epilogue:
     residual_zero_point: int = 0
     residual_scale: float = 1.0
     bounded: bool = False
+    small_sums: bool = False
 
     def __post_init__(self) -> None:
         _require(self.out_dtype in OUT_DTYPES, "out_dtype", self.out_dtype, ", ".join(OUT_DTYPES))
@@ -290,40 +294,40 @@ class MatmulWorkload:
 
 
 def with_known_bounds(
-    work: Conv2dWorkload | MatmulWorkload, bias: np.ndarray | None, scale: np.ndarray | None
+    work: Conv2dWorkload | MatmulWorkload,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    scale: np.ndarray | None,
 ) -> Conv2dWorkload | MatmulWorkload:
-    """Return the workload with `Epilogue.bounded` as `known_bounded` finds it."""
-    return work.with_epilogue(replace(work.epilogue, bounded=known_bounded(work, bias, scale)))
+    """Return the workload with what its constant operands prove of sums and values.
 
-
-def known_bounded(
-    work: Conv2dWorkload | MatmulWorkload, bias: np.ndarray | None, scale: np.ndarray | None
-) -> bool:
-    """Return whether the operands' ranges prove `Epilogue.bounded`.
-
-    The largest sum that `weight_range` and the type of the data allow, with the largest bias and
-    residual, at the largest scale.
+    `Epilogue.small_sums` by the largest sum that the data's type allows with these weights, and the
+    largest bias; `Epilogue.bounded` by that at the largest scale, with the largest residual.
 
     Parameters
     ----------
     work : Conv2dWorkload or MatmulWorkload
+    weight : numpy.ndarray or None
+        OIHW or (.., N, K), if constant.
     bias, scale : numpy.ndarray or None
         The epilogue's, if it has them and they are constant.
     """
     epi = work.epilogue
-    unknown = scale is None or (epi.bias and bias is None) or epi.residual_dtype == "float32"
-    if work.is_float or work.weight_range is None or unknown:
-        return False
+    if work.is_float or weight is None or (epi.bias and bias is None):
+        return work
 
-    def largest(bounds: tuple[int, int], zero_point: int) -> int:
-        return max(abs(bound - zero_point) for bound in bounds)
+    def largest(dtype: str, zero_point: int) -> int:
+        return max(abs(bound - zero_point) for bound in DTYPE_RANGE[dtype])
 
-    data = largest(DTYPE_RANGE[work.data_dtype], work.data_zero_point)
-    total = work.depth * data * largest(work.weight_range, work.weight_zero_point)
+    a_channel = np.abs(weight.reshape(-1, work.depth).astype("int32") - work.weight_zero_point)
+    total = int(a_channel.sum(1).max()) * largest(work.data_dtype, work.data_zero_point)
     if epi.bias:
         total += int(np.abs(bias.astype("int64")).max())
-    value = total * float(np.abs(scale).max())
-    if epi.residual_dtype is not None:
-        residual = largest(DTYPE_RANGE[epi.residual_dtype], epi.residual_zero_point)
-        value += residual * abs(epi.residual_scale)
-    return value < 2**23
+    bounded = False
+    if scale is not None and epi.residual_dtype != "float32":
+        value = total * float(np.abs(scale).max())
+        if epi.residual_dtype is not None:
+            residual = largest(epi.residual_dtype, epi.residual_zero_point)
+            value += residual * abs(epi.residual_scale)
+        bounded = value < 2**23
+    return work.with_epilogue(replace(epi, bounded=bounded, small_sums=total < 2**22))

@@ -10,8 +10,16 @@ import pytest
 import tvm
 from tvm import te
 
-from intrinsics.compat import tir
-from intrinsics.x86_narrow import WORDS, narrowed
+from intrinsics.compat import i32, ramp, sequence, tir
+from intrinsics.x86_narrow import (
+    LANES,
+    PACK_ORDER,
+    ROUND_BITS,
+    WORDS,
+    from_bits,
+    narrowed,
+    spread,
+)
 from tests.kernels import Assembly, call, require
 from topi_int8.target import isa_target
 
@@ -133,6 +141,63 @@ def test_converts_where_values_are_bounded(lanes):
     assert found[f"{prefix}addps"] == 0
     unbounded = replace(case, bounded=False)
     assert Assembly.of(build(unbounded)).mnemonics()[f"{prefix}cvtps2dq"] == 0
+
+
+def test_sums_counted_in_the_bits_of_floats():
+    require("avx512_bw")
+    sums = te.placeholder((32,), "int32", "sums")
+    func = te.create_prim_func([sums, _in_vectors(sums, "float32", from_bits)])
+    values = np.int32([0, 1, -1, 2**22 - 1, 1 - 2**22, 12345, -54321, 77] * 4)
+    got = call(_compiled(func), [values + np.int32(ROUND_BITS)], np.empty(32, "float32"))
+    np.testing.assert_array_equal(got, values.astype("float32"))
+
+
+def _in_vectors(source: Any, dtype: str, value: Any) -> Any:
+    """Return the tensor of ``value(vector)`` for each vector of 16."""
+
+    def emit(ins: list[Any], outs: list[Any]) -> Any:
+        at = [ramp(i32(first), LANES) for first in range(0, int(source.shape[0]), LANES)]
+        return sequence([
+            tir.BufferStore(outs[0], value(tir.BufferLoad(ins[0], [index])), [index])
+            for index in at
+        ])
+
+    return te.extern(source.shape, [source], emit, dtype=dtype)
+
+
+def _compiled(func: Any) -> Any:
+    return tvm.compile(tvm.IRModule({"main": func}), target=isa_target("avx512_bw"))
+
+
+@pytest.mark.parametrize(("dtype", "zero_point"), [("uint8", 0), ("uint8", 200), ("int8", -7)])
+def test_spreads_a_row_in_the_order_that_packs_undo(dtype, zero_point):
+    """All bytes there are; narrowed together again they are the row."""
+    require("avx512_bw")
+    rows = te.placeholder((256,), dtype, "rows")
+
+    def emit(outs: list[Any], first: int, vectors: list[Any]) -> list[Any]:
+        stores = [(vector, first + 16 * at, LANES) for at, vector in enumerate(vectors)]
+        if str(outs[0].dtype) == dtype:
+            low, high = (0, 255) if dtype == "uint8" else (-128, 127)
+            words = narrowed(vectors, dtype, zero_point, low, high)
+            stores = [(tir.reinterpret(f"{dtype}x64", words), first, 64)]
+        return [tir.BufferStore(outs[0], value, [ramp(i32(at), n)]) for value, at, n in stores]
+
+    def spreading(ins: list[Any], outs: list[Any]) -> Any:
+        stmts = []
+        for first in range(0, 256, 64):
+            row = tir.BufferLoad(ins[0], [ramp(i32(first), 64)])
+            vectors = [spread(row, dtype, at, zero_point) for at in range(4)]
+            stmts += emit(outs, first, vectors)
+        return sequence(stmts)
+
+    given = np.arange(256, dtype="uint8").view(dtype)
+    spread_floats = given.reshape(-1, 64)[:, PACK_ORDER].astype("float32") - zero_point
+    for wanted in (spread_floats.reshape(-1), given):
+        out = te.extern(rows.shape, [rows], spreading, dtype=str(wanted.dtype))
+        func = te.create_prim_func([rows, out])
+        got = call(_compiled(func), [given], np.empty_like(wanted))
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize(

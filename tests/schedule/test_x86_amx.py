@@ -29,7 +29,7 @@ from topi_int8.schedule.stages import PREFETCHED
 from topi_int8.schedule.x86_amx import choose_bands
 from topi_int8.strategy import FEW_ROWS
 from topi_int8.target import features, isa_target, runs_here
-from topi_int8.workload import Conv2dWorkload
+from topi_int8.workload import Conv2dWorkload, MatmulWorkload
 
 ISA = "amx_int8" if runs_here("amx_int8") else "amx_int8_avx2"
 # Weights that no tile takes: their difference to the zero point may not fit int8.
@@ -109,6 +109,39 @@ STRIDED = {
 def test_strided_convolutions_by_phases(name):
     built = check(STRIDED[name].with_epilogue(EPILOGUES["u8_residual_s8"]), ISA)
     assert built.kernel.packing.phases
+
+
+FLOAT_SUMS = {
+    "one_step": conv(64, (9, 14), 256),
+    "two_steps": conv(100, (5, 7), 130, n=3),
+    "short_rows": conv(16, (7, 7), 64, (3, 3), padding=SAME),
+    "border": replace(
+        conv(64, (6, 7), 64, epilogue=EPILOGUES["s8_small_sums"]),
+        out_border=(1, 1, 1, 1), residual_border=(0, 1, 2, 1),
+    ),
+    "groups": conv(128, (5, 6), 128, groups=2),
+    "signed": conv(64, (5, 6), 128, data_dtype="int8", data_zero_point=-9),
+    "matmul": MatmulWorkload(20, 128, 64, data_zero_point=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("epilogue", ["u8_small_sums", "s8_small_sums"])
+@pytest.mark.parametrize("name", FLOAT_SUMS)
+def test_sums_counted_in_floats(name, epilogue):
+    work = FLOAT_SUMS[name].with_epilogue(EPILOGUES[epilogue])
+    packing = check(work, ISA).kernel.packing
+    packing = getattr(packing, "conv", packing)
+    assert packing.float_sums == (ISA == "amx_int8")  # without AVX-512 nothing is narrowed by it
+    larger = work.with_epilogue(replace(work.epilogue, small_sums=False))
+    assert not getattr(decide(larger, ISA).kernel().packing, "float_sums", False)
+
+
+def test_instructions_of_sums_counted_in_floats():
+    work = FLOAT_SUMS["one_step"].with_epilogue(EPILOGUES["u8_small_sums"])
+    found = Assembly.of(build(work, "amx_int8").library).mnemonics()
+    vectors = 4 * found["vpackuswb"]
+    assert found["vpshufb"] == found["vcvtps2dq"] == vectors > 0
+    assert found["vpermd"] == found["vcvtdq2ps"] == found["vpmovzxbd"] == 0
 
 
 @pytest.mark.parametrize(

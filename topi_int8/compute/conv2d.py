@@ -39,6 +39,7 @@ import numpy as np
 from tvm import te
 
 from intrinsics.compat import dtype_of, tir, unknown_to_llvm
+from intrinsics.x86_narrow import PACK_ORDER, ROUND_BITS
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
@@ -106,6 +107,10 @@ class PackedConv2d:
     partial : bool
         Keep each output as `PARTIALS` sums over a part of its channels each, added up at the end
         (stage "sum"), as a long multiply and a pairwise add leave them. k is a multiple of 8.
+    float_sums : bool
+        Count sums from the bits of 1.5 * 2**23, which are a float32 then (`Epilogue.small_sums`),
+        and keep weights, bias and multiplier of each 64 channels in the order in which four vectors
+        of 16 are narrowed to them (`x86_narrow.PACK_ORDER`).
     """
 
     work: Conv2dWorkload
@@ -124,6 +129,7 @@ class PackedConv2d:
     phases: bool = False
     kw_inside: bool = False
     partial: bool = False
+    float_sums: bool = False
 
     def __post_init__(self) -> None:
         if self.out_block % self.lanes:
@@ -142,6 +148,10 @@ class PackedConv2d:
             raise ValueError("phases with flat or window; allowed: neither")
         if self.partial and (self.k % 8 or self.work.is_float):
             raise ValueError(f"partial with k {self.k}; allowed: multiples of 8, integers")
+        if self.float_sums and not (self.out_block % 64 == 0 and self.work.epilogue.small_sums):
+            raise ValueError(
+                f"float_sums with blocks of {self.out_block}; allowed: multiples of 64, small sums"
+            )
         if self.ow_padded == 0:
             object.__setattr__(self, "ow_padded", self.columns)
         if self.out_store == 0:
@@ -347,6 +357,7 @@ class PackedConv2d:
                 f"[{dense.min()}, {dense.max()}]; allowed: the range of {self.weight_dtype}"
             )
         o, i = narrow.shape[0] // self.lanes, self.step_block // self.k
+        narrow = self._in_kernel_order(narrow)
         split = narrow.reshape(o, self.lanes, blocks, i, self.k, self.taps_h, self.taps_w)
         return np.ascontiguousarray(split.transpose(0, 5, *self.ordered(6, 2), 3, 1, 4))
 
@@ -362,21 +373,34 @@ class PackedConv2d:
         if not w.is_float and not self.widens:
             sums = (weight.astype("int64") - w.weight_zero_point).reshape(w.oc, -1).sum(1)
             full[: w.oc] -= self.data_zero_point * sums
+        if self.float_sums:
+            full += ROUND_BITS
         if not w.is_float:
             full = full.astype("int32")
+        full = self._in_kernel_order(full)
         return full.reshape(self.out_blocks, self.out_block)
 
     def pack_scale(self, scale: np.ndarray) -> np.ndarray:
         """Return the float32 multiplier (out_blocks, out_block); padding channels get 0."""
         full = np.zeros(self.out_blocks * self.out_block, "float32")
         full[: self.work.oc] = scale
+        full = self._in_kernel_order(full)
         return full.reshape(self.out_blocks, self.out_block)
+
+    def _in_kernel_order(self, channels: np.ndarray) -> np.ndarray:
+        """Return an array of output channels, the first dimension, in the kernel's order."""
+        if not self.float_sums:
+            return channels
+        blocks = channels.reshape(-1, len(PACK_ORDER), *channels.shape[1:])
+        return blocks[:, PACK_ORDER].reshape(channels.shape)
 
     @property
     def folds_bias(self) -> bool:
-        """Whether the kernel adds a bias: the workload's own, or the zero point's compensation."""
+        """Whether the kernel adds a bias: the workload's own, the zero point's compensation, or
+        what sums are counted from.
+        """
         folded = not self.work.is_float and not self.widens and self.data_zero_point != 0
-        return self.work.epilogue.bias or folded
+        return self.work.epilogue.bias or folded or self.float_sums
 
 
 def _convert(conv: PackedConv2d, value: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compute.conv2d import PackedConv2d
-from ..workload import Conv2dWorkload
+from ..workload import INT8_DTYPES, Conv2dWorkload
 from .stages import divisors
 from .x86_amx_bands import Bands
 from .x86_amx_pipeline import Pipeline
@@ -114,6 +114,20 @@ def wants_rows(conv: PackedConv2d) -> bool:
     return conv.image_size + math.prod(conv.out_shape[1:]) > conv.weight_size
 
 
+def wants_float_sums(plan: Pipeline) -> bool:
+    """Whether sums should be counted in the bits of floats.
+
+    Where a residual is added to whole lines of 64 channels: with its conversions the multiplier's
+    port, which is one beside tiles, has more to do than the other.
+    """
+    epi = plan.conv.work.epilogue
+    lines = plan.narrows and plan.n_tiles == 4 and not plan.conv.crops
+    return (
+        lines and epi.small_sums
+        and epi.out_dtype in INT8_DTYPES and epi.residual_dtype in INT8_DTYPES
+    )  # fmt: skip
+
+
 def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     """Return the pipeline: its block, and the tasks that threads share out.
 
@@ -129,7 +143,10 @@ def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
     limit = min(wanted, conv.work.oh, max(1, plan.pixels.blocks // BLOCKS_A_PART))
     bands = choose_bands(plan, limit)
     plan = replace(plan, bands=bands, rows_first=rows_first and bands > 1)
-    return replace(plan, tasks=max(divisors(plan.parts, most)))
+    plan = replace(plan, tasks=max(divisors(plan.parts, most)))
+    if wants_float_sums(plan):
+        plan = replace(plan, conv=replace(conv, float_sums=True))
+    return plan
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from intrinsics import compat, x86_amx
 from intrinsics.compat import i32, loop, prefetch, ramp, sequence, tir
-from intrinsics.x86_narrow import LANES, in_order, shifted
+from intrinsics.x86_narrow import LANES, from_bits, in_order, shifted, spread
 
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, narrowed_values, real_value
@@ -465,6 +465,7 @@ class _Place:
     def _patch(self, half: Any, pixels: range, scales: list[Any]) -> Any:
         emitter, epi = self.emitter, self.emitter.conv.work.epilogue
         narrows = emitter.plan.narrows and epi.out_dtype in INT8_DTYPES
+        float_sums = emitter.conv.float_sums
         values, places = [], []
         for q in pixels:
             places.append(self._pixel(q, emitter.conv.work.out_border))
@@ -472,6 +473,8 @@ class _Place:
                 index = [half, i32(j), i32(q), ramp(i32(0), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
                 residual = self._residual(q, j)
+                if float_sums:
+                    total = from_bits(total)
                 if narrows:
                     values.append(real_value(epi, total, scales[j], residual))
                 else:
@@ -484,7 +487,10 @@ class _Place:
             packed = tir.Var("words", compat.dtype_of(words))
             stores = [tir.Bind(packed, words)]
             for p, pixel in enumerate(places):
-                row = in_order(packed, epi.out_dtype, p * self._n, self._n)
+                if float_sums:
+                    row = tir.reinterpret(f"{epi.out_dtype}x{width}", packed)
+                else:
+                    row = in_order(packed, epi.out_dtype, p * self._n, self._n)
                 stores.append(self._put(row, pixel, 0, width))
             return sequence(stores)
         stores = []
@@ -516,6 +522,10 @@ class _Place:
         if emitter.residual is None:
             return None
         epi = conv.work.epilogue
+        if conv.float_sums:
+            at = [self.n, self.ob, i32(0), self._pixel(q, conv.work.residual_border)]
+            row = tir.BufferLoad(emitter.residual, [*at, ramp(self.channel, 64)])
+            return spread(row, epi.residual_dtype, j, epi.residual_zero_point)
         channel = ramp(self.channel + 16 * j, LANES)
         if conv.crops:  # the surplus of the last block is not stored
             channel = tir.min(channel, i32(conv.out_store - 1))

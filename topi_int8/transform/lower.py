@@ -76,7 +76,7 @@ def decide(call: relax.Call, feats: Features) -> Decision:
         work = replace(work, weight_range=(int(values.min()), int(values.max())))
         named = op.operands(call)
         bias, scale = (_constant(named[name]) for name in ("bias", "scale"))
-        work = with_known_bounds(work, bias, scale)
+        work = with_known_bounds(work, _oihw(values, op.attrs_of(call)), bias, scale)
     if is_conv:
         return strategy.conv2d(work, feats, "NHWC" if is_nhwc(call) else "NCHWc")
     return strategy.matmul(work, feats)
