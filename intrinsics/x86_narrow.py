@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import i32, lanes_of, pure_call, ramp, tir
+from .compat import i32, lanes_of, pure_call, ramp, tir, unknown_to_llvm
 
 LANES = 16
 _RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -31,6 +31,7 @@ _PACKS = {16: "avx512.{}.512", 8: "avx2.{}", 4: "sse2.{}.128"}
 # Likewise `vcvtps2dq`; the masked form takes the rounding mode that is set.
 _CONVERTS = {16: "avx512.mask.cvtps2dq.512", 8: "avx.cvt.ps2dq.256", 4: "sse2.cvtps2dq"}
 _ROUNDING_IN_FORCE = 4
+_SHUFFLE = "llvm.x86.avx512.pshuf.b.512"
 # Adding 1.5 * 2**23 to a float32 rounds it to an integer, which is then in its low bits.
 ROUND = 12582912.0
 ROUND_BITS = 0x4B400000  # its bit pattern; the low byte is 0
@@ -53,8 +54,8 @@ def shifted(values: Any, zero_point: int) -> Any:
 def spread(row: Any, dtype: str, at: int, zero_point: int) -> Any:
     """Return float32x16 of ``values - zero_point``, exactly, for 16 of 64 bytes: `PACK_ORDER`'s.
 
-    A `vpshufb` brings each byte to the low end of the bits of 1.5 * 2**23, which an addition takes
-    off again.
+    A masked `vpshufb` brings each byte to the low end of the bits of 1.5 * 2**23, which an addition
+    takes off again: two operations, none of them the multiplier's.
 
     Parameters
     ----------
@@ -67,21 +68,23 @@ def spread(row: Any, dtype: str, at: int, zero_point: int) -> Any:
     zero_point : int
     """
     base = ROUND + zero_point
+    row = tir.reinterpret("int8x64", row)
     if dtype == "int8":  # x + 128, unsigned
-        row = tir.reinterpret("uint8x64", row) ^ tir.Broadcast(tir.const(128, "uint8"), 64)
+        row = row ^ tir.Broadcast(tir.const(-128, "int8"), 64)
         base += 128
-    # Byte 4 * at + i of a lane for its i-th word; negative, which the mask leaves out, above it.
-    word = ramp(i32(0), LANES) & tir.Broadcast(i32(3), LANES)
-    index = word + tir.Broadcast(i32(4 * at - 0x7F7F8000), LANES)
-    index = tir.reinterpret("int8x64", index)
-    moved = pure_call(
-        "llvm.x86.avx512.pshuf.b.512", "int8x64", tir.reinterpret("int8x64", row), index
-    )
-    above = tir.reinterpret("int8x64", tir.Broadcast(tir.const(ROUND_BITS, "int32"), LANES))
-    chosen = tir.Select(index < tir.Broadcast(tir.const(0, "int8"), 64), above, moved)
-    return tir.reinterpret(f"float32x{LANES}", chosen) - tir.Broadcast(
-        tir.const(base, "float32"), LANES
-    )
+    # In each lane of 16 bytes, the i-th word's lowest is byte 4 * at + i.
+    index = (ramp(i32(0), LANES) & _words(3)) + _words(4 * at)
+    moved = pure_call(_SHUFFLE, "int8x64", row, tir.reinterpret("int8x64", index))
+    # LLVM, if it knew the mask, would leave it, and take another operation for the bits.
+    lowest = tir.reinterpret("int8x64", tir.Broadcast(unknown_to_llvm(255), LANES))
+    chosen = lowest < tir.Broadcast(tir.const(0, "int8"), 64)
+    bits = tir.Select(chosen, moved, tir.reinterpret("int8x64", _words(ROUND_BITS)))
+    floats = tir.reinterpret(f"float32x{LANES}", bits)
+    return floats - tir.Broadcast(tir.const(base, "float32"), LANES)
+
+
+def _words(value: int) -> Any:
+    return tir.Broadcast(i32(value), LANES)
 
 
 def from_bits(sums: Any) -> Any:

@@ -141,6 +141,7 @@ def test_instructions_of_sums_counted_in_floats():
     found = Assembly.of(build(work, "amx_int8").library).mnemonics()
     vectors = 4 * found["vpackuswb"]
     assert found["vpshufb"] == found["vcvtps2dq"] == vectors > 0
+    assert found["vporq"] == 0
     assert found["vpermd"] == found["vcvtdq2ps"] == found["vpmovzxbd"] == 0
 
 

@@ -219,7 +219,7 @@ class _Emitter:
         self.source, self.weight, self.out = source, weight, out
         self.bias, self.scale, self.residual = bias, scale, residual
         count = plan.m_tiles * plan.pixels.rows
-        self.sums = tir.decl_buffer((plan.lag, plan.n_tiles, count, LANES), "int32", "sums")
+        self.sums = tir.decl_buffer((plan.n_tiles, plan.lag, count, LANES), "int32", "sums")
         # The places of the last blocks, the latest first (the image is -1 where there was none),
         # and the part of `sums` that was stored last.
         self.place_size = 4 + 2 * plan.m_tiles
@@ -393,7 +393,7 @@ class _Emitter:
 
     def _store(self, half: Any, tile: int) -> Any:
         m, n = divmod(tile, self.plan.n_tiles)
-        index = [half, i32(n), i32(m * self.plan.pixels.rows), i32(0)]
+        index = [i32(n), half, i32(m * self.plan.pixels.rows), i32(0)]
         return x86_amx.tile_store(tile, tir.BufferLoad(self.sums, index), 64)
 
 
@@ -470,7 +470,7 @@ class _Place:
         for q in pixels:
             places.append(self._pixel(q, emitter.conv.work.out_border))
             for j in range(self._n):
-                index = [half, i32(j), i32(q), ramp(i32(0), LANES)]
+                index = [i32(j), half, i32(q), ramp(i32(0), LANES)]
                 total = tir.BufferLoad(emitter.sums, index)
                 residual = self._residual(q, j)
                 if float_sums:
