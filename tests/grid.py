@@ -140,6 +140,7 @@ EPILOGUES: dict[str, Epilogue] = {
     "u8_small_sums": _requantized(
         "uint8", 4, clip_min=4, bounded=True, small_sums=True, **_residual("uint8", 0, 0.6)
     ),
+    "u8_small_sums_alone": _requantized("uint8", 0, small_sums=True),
     "s8_small_sums": _requantized("int8", 2, small_sums=True, **_residual("int8", -7, 1.1)),
     "s8_zero_point_min": _requantized("int8", -128),
     "s8_clip": _requantized("int8", 10, clip_min=10, clip_max=77),

@@ -117,15 +117,13 @@ def wants_rows(conv: PackedConv2d) -> bool:
 def wants_float_sums(plan: Pipeline) -> bool:
     """Whether sums should be counted in the bits of floats.
 
-    Where a residual is added to whole lines of 64 channels: with its conversions the multiplier's
-    port, which is one beside tiles, has more to do than the other.
+    Where whole lines of 64 channels are stored. Conversions to float, of sums and of a residual,
+    are the multiplier's, which is one beside tiles and has more to do than the other port.
     """
     epi = plan.conv.work.epilogue
     lines = plan.narrows and plan.n_tiles == 4 and not plan.conv.crops
-    return (
-        lines and epi.small_sums
-        and epi.out_dtype in INT8_DTYPES and epi.residual_dtype in INT8_DTYPES
-    )  # fmt: skip
+    narrow = epi.out_dtype in INT8_DTYPES and epi.residual_dtype in (None, *INT8_DTYPES)
+    return lines and narrow and epi.small_sums
 
 
 def choose_pipeline(conv: PackedConv2d, narrows: bool) -> Pipeline:
