@@ -19,7 +19,7 @@ from topi_int8.frontend.torch import from_torch  # noqa: E402
 
 pytestmark = pytest.mark.model
 
-BATCH = 100
+BATCH = 20
 CALIBRATION = 300
 # Top-1 of int8 may be off float32's by half a point: 2 of the 500 test images.
 BOUND = 0.005
@@ -55,14 +55,9 @@ def test_float32_has_learned(name: str) -> None:
     assert right.size == 500 and right.mean() > 0.97
 
 
-@pytest.mark.parametrize("method", ["kl", "percentile", "mse", "minmax", "moving_average"])
+@pytest.mark.parametrize("method", ["kl", "percentile", "mse", "minmax"])
 @pytest.mark.parametrize("name", digits.NETWORKS)
 def test_int8_is_within_half_a_point_of_float32(name: str, method: str, record_property) -> None:
     want, got = network(name)[1], right_in_int8(name, method=method)
-    record_property("top1", (name, method, want.mean(), got.mean(), int(np.sum(want != got))))
+    record_property("top1", (name, method, float(want.mean()), float(got.mean())))
     assert abs(got.mean() - want.mean()) <= BOUND
-
-
-def test_symmetric_int8_activations(record_property) -> None:
-    got = right_in_int8("residual", method="mse", symmetric=True, activation_dtype="int8")
-    assert abs(got.mean() - network("residual")[1].mean()) <= BOUND

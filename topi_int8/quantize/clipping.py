@@ -223,8 +223,8 @@ def _divergences(density: Density, cells: int) -> Score:
     values = density.integral(counts)
     bins = density.integral(filled.astype("float64"))
     entropy = density.integral(_x_log_x(counts))
-    # The nearest filled bin at or after each bin, and at or before it; where there is none, the last
-    # bin, and the first.
+    # The nearest filled bin at or after each bin, and at or before it; where there is none, the
+    # last bin, and the first.
     place = np.arange(counts.size)
     after = np.minimum.accumulate(np.where(filled, place, place[-1])[::-1])[::-1]
     before = np.maximum.accumulate(np.where(filled, place, 0))
