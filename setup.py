@@ -36,6 +36,11 @@ setup(
         # What TVM's RPC tracker and server import and apache-tvm does not name.
         "rpc": RPC,
         "bench": [*RPC, "pytest", "pytest-benchmark", "typer", "matplotlib"],
-        "test": [*RPC, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer"],
+        # scikit-learn for the digits that it bundles.
+        "test": [
+            *RPC,
+            "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff",
+            "scikit-learn", "typer",
+        ],
     },
 )

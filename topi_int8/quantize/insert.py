@@ -20,6 +20,7 @@ def insert_qdq(
     plan: Plan,
     qparams: Mapping[relax.Var, QParams],
     weight_bits: int = 8,
+    per_channel: bool = True,
 ) -> tvm.IRModule:
     """Return the prepared module with its QDQ pairs.
 
@@ -33,8 +34,10 @@ def insert_qdq(
         Parameters of every tensor of ``plan.tensors``.
     weight_bits : int
         8 or 7.
+    per_channel : bool
+        False: weights and biases have one scale a tensor.
     """
-    weights = _weights(plan, qparams, weight_bits)
+    weights = _weights(plan, qparams, weight_bits, per_channel)
     func = _Inserter(mod, plan, qparams, weights).visit_expr(graph.func)
     new = tvm.IRModule(dict(mod.functions_items()), attrs=mod.attrs)
     new.update_func(mod.get_global_var("main"), func)
@@ -42,13 +45,18 @@ def insert_qdq(
 
 
 def _weights(
-    plan: Plan, qparams: Mapping[relax.Var, QParams], bits: int
+    plan: Plan, qparams: Mapping[relax.Var, QParams], bits: int, per_channel: bool
 ) -> dict[relax.Var, QuantizedWeight]:
     """Return the int8 weight of each convolution and matmul that has a constant one."""
     biases = {compute: value.reshape(-1) for compute, value, _ in plan.bias.values()}
     return {
         var: quantize_weight(
-            compute.weight, compute.kernel_axis, qparams[compute.data].scale, biases.get(var), bits
+            compute.weight,
+            compute.kernel_axis,
+            qparams[compute.data].scale,
+            biases.get(var),
+            bits,
+            per_channel,
         )
         for var, compute in plan.computes.items()
         if compute.weight is not None
@@ -126,7 +134,7 @@ class _Inserter(PyExprMutator):
         return relax.Call(call.op, args, call.attrs, call.ty_args)
 
     def _constant(self, values: np.ndarray, scale: np.ndarray, axis: int, name: str) -> relax.Var:
-        """Emit the dequantize of a per-channel constant."""
+        """Emit the dequantize of a constant whose scale is one a channel, or one in all."""
         zero_point = np.zeros(scale.shape, values.dtype)
         real = relax.op.dequantize(
             relax.const(values), relax.const(scale), relax.const(zero_point), axis=axis

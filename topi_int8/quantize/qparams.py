@@ -66,7 +66,7 @@ def _usable(scale: np.float32) -> bool:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """int8 weights and the float32 scale of each output channel."""
+    """int8 weights and their float32 scales, (oc,); or one scale, of shape ()."""
 
     values: np.ndarray
     scale: np.ndarray
@@ -78,8 +78,9 @@ def quantize_weight(
     data_scale: float = 1.0,
     bias: np.ndarray | None = None,
     bits: int = 8,
+    per_channel: bool = True,
 ) -> QuantizedWeight:
-    """Return per-channel symmetric int8 weights in [-127, 127], or [-63, 63] for 7 bits.
+    """Return symmetric int8 weights in [-127, 127], or [-63, 63] for 7 bits.
 
     A channel whose weights are far smaller than its bias (a channel that training killed) gets a
     scale at which the int32 bias, in steps of ``data_scale * scale``, still fits.
@@ -94,6 +95,8 @@ def quantize_weight(
     bias : (oc,) float32 array or None
     bits : int
         8 or 7.
+    per_channel : bool
+        A scale for each output channel; False: one for all of them, the largest.
     """
     top = WEIGHT_MAX[bits]
     axis = channel_axis % weight.ndim
@@ -101,6 +104,8 @@ def quantize_weight(
     scale = np.abs(weight).max(axis=others).astype("float64") / top
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias) / (data_scale * _BIAS_MAX))
+    if not per_channel:
+        scale = np.asarray(scale.max())
     # All-zero channels without a bias: any scale will do.
     scale = np.where(scale < np.finfo("float32").tiny, 1.0, scale).astype("float32")
     along = [1] * weight.ndim

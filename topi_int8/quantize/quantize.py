@@ -15,7 +15,8 @@ from ..workload import INT8_DTYPES
 from .calibrate import calibrate
 from .graph import LAYER_STEMS, Graph, constant, prepare
 from .insert import insert_qdq
-from .observer import Observer, make_observer
+from .methods import make_observer
+from .observer import Grid, Observer
 from .plan import Plan, make_plan
 from .qparams import WEIGHT_MAX, QParams, activation_qparams
 
@@ -70,13 +71,16 @@ def quantize(
     skip_last: bool = False,
     activation_dtype: str = "uint8",
     weight_bits: int = 8,
+    per_channel: bool = True,
+    symmetric: bool = False,
     target: tvm.target.Target | None = None,
     progress: bool = True,
 ) -> tvm.IRModule:
     """Return an fp32 Relax module as a QDQ one, by post-training static quantization.
 
     BatchNorm is folded; activations are asymmetric per tensor, weights symmetric int8 per output
-    channel in [-127, 127], biases int32. `plan` says where the pairs go. The input is left alone.
+    channel in [-127, 127], biases int32; options change that. `plan` says where the pairs go. The
+    input is left alone.
 
     Parameters
     ----------
@@ -86,7 +90,9 @@ def quantize(
         Representative inputs, at least one: arrays, tuples of arrays (one for each parameter) or
         dicts by parameter name, of the shapes of ``main``.
     method : str or callable
-        How ranges are observed: "minmax", or a callable that returns an `Observer`.
+        How the ranges of activations are found: "minmax", "moving_average", "percentile", "kl",
+        "mse", or a callable that returns an `Observer` (``lambda: Percentile(99.9)``). Tensors that
+        share a scale get the union of the ranges found for each.
     skip : sequence of str or re.Pattern
         Layers that stay float32: exact names as `list_layers` gives them, or patterns that match a
         whole name.
@@ -98,6 +104,12 @@ def quantize(
         8, or 7: weights in [-63, 63], with which vpmaddubsw is proven not to saturate. Faster on
         CPUs without VNNI (AVX2, AVX-512BW), a little less accurate; ONNX Runtime's
         ``reduce_range``.
+    per_channel : bool
+        A weight scale for each output channel; False: one for the whole tensor, for which the
+        weights of depthwise convolutions and of folded BatchNorms often differ too much.
+    symmetric : bool
+        Activations with zero in the middle of their type: zero point 0 of int8, 128 of uint8. Costs
+        what is never negative (a relu's output) half of its levels.
     target : tvm.target.Target, optional
         Where calibration runs; this machine by default.
     progress : bool
@@ -119,13 +131,17 @@ def quantize(
         )
     if weight_bits not in WEIGHT_MAX:
         raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 7, 8")
+    for name, flag in (("per_channel", per_channel), ("symmetric", symmetric)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}; allowed: True, False")
     make = make_observer(method)
     prepared = prepare(mod)
     graph = Graph(prepared)
     plan = make_plan(graph, _skipped(graph, skip, skip_first, skip_last))
     watched = {var.name: make() for var in plan.tensors}
     calibrate(prepared, calibration, watched, target=target, progress=progress)
-    return insert_qdq(prepared, graph, plan, _qparams(plan, watched, activation_dtype), weight_bits)
+    qparams = _qparams(plan, watched, activation_dtype, symmetric)
+    return insert_qdq(prepared, graph, plan, qparams, weight_bits, per_channel)
 
 
 def _skipped(
@@ -152,20 +168,20 @@ def _skipped(
 
 
 def _qparams(
-    plan: Plan, watched: dict[str, Observer], activation_dtype: str
+    plan: Plan, watched: dict[str, Observer], activation_dtype: str, symmetric: bool
 ) -> dict[relax.Var, QParams]:
     """Return the parameters of each quantized tensor; a group's cover all its members."""
     ranges: dict[relax.Var, tuple[float, float]] = {}
     for var in plan.tensors:
-        low, high = watched[var.name].range()
         group = plan.representative(var)
+        low, high = watched[var.name].range(Grid(symmetric=symmetric or group in plan.symmetric))
         if group in ranges:
             low, high = min(low, ranges[group][0]), max(high, ranges[group][1])
         ranges[group] = low, high
     params = {
         group: activation_qparams(low, high, "int8", symmetric=True)
         if group in plan.symmetric
-        else activation_qparams(low, high, activation_dtype)
+        else activation_qparams(low, high, activation_dtype, symmetric)
         for group, (low, high) in ranges.items()
     }
     return {var: params[plan.representative(var)] for var in plan.tensors}
