@@ -12,6 +12,7 @@ from ..workload import INT8_DTYPES
 from .bias_correction import MODES, correct_biases, unbiased
 from .budget import AccuracyFunction, check_budget, within_budget
 from .calibrate import calibrate
+from .equalize import MODES as EQUALIZATIONS
 from .equalize import equalized
 from .graph import Graph, prepare
 from .input_mean import input_means
@@ -34,7 +35,7 @@ def quantize(
     skip_last: bool = False,
     activation_dtype: str = "uint8",
     weight_bits: int = 8,
-    equalize: bool = False,
+    equalize: bool | str = False,
     bias_correction: str | None = None,
     accuracy_fn: AccuracyFunction | None = None,
     budget: float | None = None,
@@ -67,9 +68,11 @@ def quantize(
         8, or 7: weights in [-63, 63], with which vpmaddubsw is proven not to saturate. Faster on
         CPUs without VNNI (AVX2, AVX-512BW), a little less accurate; ONNX Runtime's
         ``reduce_range``.
-    equalize : bool
+    equalize : bool or str
         Scale channels between consecutive layers to be alike (`equalize`), which changes no result
-        of the float32 network. For depthwise networks.
+        of the float32 network. For depthwise networks. True is "activations": by the ranges of
+        the tensors between layers, found by one more compile and run of the float32 network;
+        "weights": by weights alone, for weights with one scale a tensor.
     bias_correction : None, "fast" or "full"
         Let biases take up what rounding weights does to the mean of each channel
         (`bias_correction`). "fast" costs nothing to speak of; "full", which counts what earlier
@@ -108,13 +111,18 @@ def quantize(
         raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 7, 8")
     if bias_correction not in (None, *MODES):
         raise ValueError(f"bias_correction is {bias_correction!r}; allowed: None, 'fast', 'full'")
-    if not isinstance(equalize, bool):
-        raise TypeError(f"equalize is {equalize!r}; allowed: True, False")
+    equalization = "activations" if equalize is True else equalize or None
+    if equalization not in (None, *EQUALIZATIONS):
+        allowed = ", ".join(map(repr, (True, False, *EQUALIZATIONS)))
+        raise ValueError(f"equalize is {equalize!r}; allowed: {allowed}")
     check_budget(accuracy_fn, budget)
     make = make_observer(method)
     fp32 = prepared = prepare(mod)
-    if equalize:
-        prepared = equalized(prepared)
+    repeated = equalization == "activations" or bias_correction == "full"
+    if repeated or accuracy_fn is not None:
+        calibration = list(calibration)
+    if equalization is not None:
+        prepared = equalized(prepared, equalization, calibration, target)
     graph = Graph(prepared)
     skipped = {var.name for var in select_layers(graph, skip, skip_first, skip_last)}
     plan = _plan_without(graph, skipped)
@@ -122,8 +130,6 @@ def quantize(
         prepared = with_biases(prepared, unbiased(plan))
         graph = Graph(prepared)
         plan = _plan_without(graph, skipped)
-    if bias_correction == "full" or accuracy_fn is not None:
-        calibration = list(calibration)  # is run over more than once
     means = {} if bias_correction is None else input_means(graph, plan)
     watched: dict[str, Observer] = {}
 
