@@ -29,13 +29,14 @@ __all__ = [
 ]
 
 if IS_RELAX:
+    from .deploy import deploy_quantized_model, quantize_model
     from .explain import explain, library_counts
     from .export import export
     from .override import disable, disabled, enable, is_enabled
     from .quantize import quantize
     from .transform.pipeline import pipeline
 
-    __all__ += ["export", "pipeline", "quantize"]
+    __all__ += ["deploy_quantized_model", "export", "pipeline", "quantize", "quantize_model"]
 else:
     from . import relay
     from .relay import disable, disabled, enable, explain, is_enabled, library_counts

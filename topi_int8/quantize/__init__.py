@@ -2,19 +2,25 @@
 
 observers (methods: observer, clipping) -> calibrate (run the graph) -> qparams (ranges to scales);
 graph and plan decide which tensors are quantized; insert writes the pairs; report measures what
-they cost.
+they cost. Less error: equalize before, bias_correction after; budget leaves layers in float32,
+sensitivity says which.
 """
 
+from .budget import BudgetReport, BudgetStep, Network, budget_report
 from .calibrate import instrument
 from .clipping import KLDivergence, MeanSquaredError, Percentile
+from .layers import Layer, list_layers
 from .methods import OBSERVERS
 from .observer import Grid, MinMax, MovingAverage, Observer
+from .preparation import prepare_like
 from .qparams import QParams
-from .quantize import Layer, list_layers, quantize
+from .quantize import quantize
 from .report import LayerError, layer_errors
 
 __all__ = [
     "OBSERVERS",
+    "BudgetReport",
+    "BudgetStep",
     "Grid",
     "KLDivergence",
     "Layer",
@@ -22,11 +28,14 @@ __all__ = [
     "MeanSquaredError",
     "MinMax",
     "MovingAverage",
+    "Network",
     "Observer",
     "Percentile",
     "QParams",
+    "budget_report",
     "instrument",
     "layer_errors",
     "list_layers",
+    "prepare_like",
     "quantize",
 ]

@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from ..target import host_target
+from .input_mean import InputMean
 from .observer import Observer
 
 
@@ -70,6 +71,7 @@ def calibrate(
     calibration: Iterable[Any],
     watched: Mapping[str, Observer],
     *,
+    means: Iterable[InputMean] = (),
     target: tvm.target.Target | None = None,
     progress: bool = True,
 ) -> int:
@@ -84,11 +86,16 @@ def calibrate(
         parameters, or a dict of arrays by parameter name. Shapes are those of the parameters.
     watched : mapping of str to Observer
         By variable name.
+    means : iterable of InputMean
+        What else looks on, at tensors that are watched.
     target : tvm.target.Target, optional
         Where to run; this machine by default.
     progress : bool
         Show a progress bar.
     """
+    followers: dict[str, list[InputMean]] = {}
+    for mean in means:
+        followers.setdefault(mean.tensor, []).append(mean)
     runs = 0
     outputs = run_instrumented(mod, list(watched), _with_progress(calibration, progress), target)
     for tensors in outputs:
@@ -96,6 +103,8 @@ def calibrate(
             if not np.isfinite(values).all():
                 raise ValueError(f"calibration item {runs} makes {name} infinite or NaN")
             observer.update(values)
+            for mean in followers.get(name, ()):
+                mean.update(values)
         runs += 1
     if runs == 0:
         raise ValueError("calibration is empty; allowed: an iterable of at least one input")

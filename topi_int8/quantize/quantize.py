@@ -1,64 +1,29 @@
-"""quantize: fp32 Relax in, QDQ Relax out. list_layers: the names its `skip` takes."""
+"""quantize: fp32 Relax in, QDQ Relax out."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import tvm
 from tvm import relax
 
-from ..op import op_name
 from ..workload import INT8_DTYPES
+from .bias_correction import MODES, correct_biases, unbiased
+from .budget import AccuracyFunction, check_budget, within_budget
 from .calibrate import calibrate
-from .graph import LAYER_STEMS, Graph, constant, prepare
+from .equalize import MODES as EQUALIZATIONS
+from .equalize import equalized
+from .graph import Graph, prepare
+from .input_mean import input_means
 from .insert import insert_qdq
+from .layers import SkipEntry, select_layers
 from .methods import make_observer
 from .observer import Grid, Observer
 from .plan import Plan, make_plan
 from .qparams import WEIGHT_MAX, QParams, activation_qparams
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer that can be quantized.
-
-    Attributes
-    ----------
-    name : str
-        What `quantize`'s ``skip`` takes, e.g. "conv2d_3".
-    op : str
-        Relax operator, e.g. "relax.nn.conv2d".
-    shape : tuple of int
-        Output shape; -1 where symbolic.
-    weight_shape : tuple of int or None
-    """
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    weight_shape: tuple[int, ...] | None
-
-
-def list_layers(mod: tvm.IRModule) -> list[Layer]:
-    """Return the layers of a module's ``main`` in order, named as `quantize` names them."""
-    return _layers(Graph(prepare(mod)))
-
-
-def _layers(graph: Graph) -> list[Layer]:
-    layers = []
-    for var in graph.order:
-        call = graph.values[var]
-        if op_name(call) not in LAYER_STEMS or not var.name.startswith(LAYER_STEMS[op_name(call)]):
-            continue
-        weight = constant(call.args[1]) if len(call.args) > 1 else None
-        shape = tuple(int(d.value) if hasattr(d, "value") else -1 for d in call.ty.shape)
-        layers.append(
-            Layer(var.name, op_name(call), shape, None if weight is None else weight.shape)
-        )
-    return layers
+from .rewrite import with_biases
+from .sensitivity import own_noise
 
 
 def quantize(
@@ -66,13 +31,17 @@ def quantize(
     calibration: Iterable[Any],
     *,
     method: str | Callable[[], Observer] = "minmax",
-    skip: Sequence[str | re.Pattern[str]] = (),
+    skip: Iterable[SkipEntry] = (),
     skip_first: bool = False,
     skip_last: bool = False,
     activation_dtype: str = "uint8",
     weight_bits: int = 8,
     per_channel: bool = True,
     symmetric: bool = False,
+    equalize: bool | str = False,
+    bias_correction: str | None = None,
+    accuracy_fn: AccuracyFunction | None = None,
+    budget: float | None = None,
     target: tvm.target.Target | None = None,
     progress: bool = True,
 ) -> tvm.IRModule:
@@ -93,9 +62,10 @@ def quantize(
         How the ranges of activations are found: "minmax", "moving_average", "percentile", "kl",
         "mse", or a callable that returns an `Observer` (``lambda: Percentile(99.9)``). Tensors that
         share a scale get the union of the ranges found for each.
-    skip : sequence of str or re.Pattern
-        Layers that stay float32: exact names as `list_layers` gives them, or patterns that match a
-        whole name.
+    skip : iterable of str, re.Pattern or int
+        Layers that stay float32: exact names as `list_layers` gives them, patterns that match a
+        whole name, operators ("relax.nn.conv2d": every one), or positions among the convolutions
+        and matmuls (negative ones from the end).
     skip_first, skip_last : bool
         Keep the first, the last convolution or matmul in float32.
     activation_dtype : str
@@ -110,8 +80,27 @@ def quantize(
     symmetric : bool
         Activations with zero in the middle of their type: zero point 0 of int8, 128 of uint8. Costs
         what is never negative (a relu's output) half of its levels.
+    equalize : bool or str
+        Scale channels between consecutive layers to be alike (`equalize`), which changes no result
+        of the float32 network. For depthwise networks. True is "activations": by the ranges of
+        the tensors between layers, found by one more compile and run of the float32 network;
+        "weights": by weights alone, for weights with one scale a tensor.
+    bias_correction : None, "fast" or "full"
+        Let biases take up what rounding weights does to the mean of each channel
+        (`bias_correction`). "fast" costs nothing to speak of; "full", which counts what earlier
+        layers do too, a compile and a run of the quantized network over the calibration inputs.
+    accuracy_fn : callable, optional
+        Gets a `Network` ``main``, float32 or quantized, to be called as ``main(*arrays)``, and
+        returns a float: its accuracy on data of yours, higher is better. Give ``budget`` with it.
+    budget : float, optional
+        By how much less than the float32 network's the accuracy may be. Where it is less, layers
+        go back to float32, those that make most noise by themselves first, until it holds;
+        `budget_report` tells which, and what each step measured, as does the logger
+        ``topi_int8.quantize``. Costs a compile and a call of ``accuracy_fn`` for the float32
+        network and each step (``2 log2(layers) + 3`` at most), and once a run over the calibration
+        inputs.
     target : tvm.target.Target, optional
-        Where calibration runs; this machine by default.
+        Where calibration runs, and everything that is measured; this machine by default.
     progress : bool
         Show a progress bar over the calibration inputs.
 
@@ -123,7 +112,8 @@ def quantize(
     Raises
     ------
     TypeError, ValueError
-        An argument is not what is allowed; the message names it.
+        An argument is not what is allowed; the message names it. So for a budget that no choice of
+        float32 layers keeps.
     """
     if activation_dtype not in INT8_DTYPES:
         raise ValueError(
@@ -134,37 +124,62 @@ def quantize(
     for name, flag in (("per_channel", per_channel), ("symmetric", symmetric)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {flag!r}; allowed: True, False")
+    if bias_correction not in (None, *MODES):
+        raise ValueError(f"bias_correction is {bias_correction!r}; allowed: None, 'fast', 'full'")
+    equalization = "activations" if equalize is True else equalize or None
+    if equalization not in (None, *EQUALIZATIONS):
+        allowed = ", ".join(map(repr, (True, False, *EQUALIZATIONS)))
+        raise ValueError(f"equalize is {equalize!r}; allowed: {allowed}")
+    check_budget(accuracy_fn, budget)
     make = make_observer(method)
-    prepared = prepare(mod)
+    fp32 = prepared = prepare(mod)
+    repeated = equalization == "activations" or bias_correction == "full"
+    if repeated or accuracy_fn is not None:
+        calibration = list(calibration)
+    if equalization is not None:
+        prepared = equalized(prepared, equalization, calibration, target)
     graph = Graph(prepared)
-    plan = make_plan(graph, _skipped(graph, skip, skip_first, skip_last))
-    watched = {var.name: make() for var in plan.tensors}
-    calibrate(prepared, calibration, watched, target=target, progress=progress)
-    qparams = _qparams(plan, watched, activation_dtype, symmetric)
-    return insert_qdq(prepared, graph, plan, qparams, weight_bits, per_channel)
+    skipped = {var.name for var in select_layers(graph, skip, skip_first, skip_last)}
+    plan = _plan_without(graph, skipped)
+    if bias_correction is not None:
+        prepared = with_biases(prepared, unbiased(plan))
+        graph = Graph(prepared)
+        plan = _plan_without(graph, skipped)
+    means = {} if bias_correction is None else input_means(graph, plan)
+    watched: dict[str, Observer] = {}
+
+    def observe(plan: Plan, **more: Any) -> None:
+        new = {var.name: make() for var in plan.tensors if var.name not in watched}
+        calibrate(prepared, calibration, new, target=target, progress=progress, **more)
+        watched.update(new)
+
+    def insert(plan: Plan) -> tvm.IRModule:
+        qparams = _qparams(plan, watched, activation_dtype, symmetric)
+        return insert_qdq(prepared, graph, plan, qparams, weight_bits, per_channel)
+
+    def build(float_layers: Collection[str] = ()) -> tvm.IRModule:
+        smaller = _plan_without(graph, skipped.union(float_layers)) if float_layers else plan
+        if any(var.name not in watched for var in smaller.tensors):
+            observe(smaller)
+        qdq = insert(smaller)
+        if bias_correction is None:
+            return qdq
+        return insert(correct_biases(bias_correction, smaller, qdq, means, calibration, target))
+
+    def rank() -> list[str]:
+        qparams = _qparams(plan, watched, activation_dtype, symmetric)
+        noise = own_noise(prepared, insert(plan), plan, qparams, calibration, target)
+        return sorted(noise, key=lambda name: -noise[name])
+
+    observe(plan, means=means.values())
+    if accuracy_fn is None or budget is None:
+        return build()
+    return within_budget(fp32, build, rank, accuracy_fn, budget, target)
 
 
-def _skipped(
-    graph: Graph, skip: Sequence[str | re.Pattern[str]], first: bool, last: bool
-) -> set[relax.Var]:
-    """Return the variables of the layers to leave in float32."""
-    if isinstance(skip, (str, re.Pattern)):
-        raise TypeError(f"skip is {skip!r}; allowed: a sequence of names or patterns")
-    names = [layer.name for layer in _layers(graph)]
-    by_name = {var.name: var for var in graph.order}
-    skipped: set[relax.Var] = set()
-    for entry in skip:
-        pattern = entry if isinstance(entry, re.Pattern) else re.compile(re.escape(entry))
-        matched = [name for name in names if pattern.fullmatch(name)]
-        if not matched:
-            raise ValueError(f"skip holds {entry!r}; allowed: {', '.join(names)}")
-        skipped.update(by_name[name] for name in matched)
-    computes = list(make_plan(graph).computes)
-    if first:
-        skipped.update(computes[:1])
-    if last:
-        skipped.update(computes[-1:])
-    return skipped
+def _plan_without(graph: Graph, names: Collection[str]) -> Plan:
+    """Return the plan that leaves layers of these names in float32."""
+    return make_plan(graph, [var for var in graph.order if var.name in names])
 
 
 def _qparams(

@@ -13,7 +13,8 @@ from tvm import relax
 
 from ..op import op_name
 from .calibrate import run_instrumented
-from .graph import Graph, prepare
+from .graph import Graph
+from .preparation import prepare_like
 
 # What a kernel's epilogue consists of, from its sum to the tensor it stores.
 _EPILOGUE = frozenset(
@@ -100,7 +101,7 @@ def layer_errors(
     tensors = [name.removesuffix("_dq") for name in stored.values()]
     signal, noise, largest = (np.zeros(len(stored)) for _ in range(3))
     inputs = list(inputs)
-    wanted = run_instrumented(prepare(mod), tensors, inputs, target)
+    wanted = run_instrumented(prepare_like(mod, qdq), tensors, inputs, target)
     got = run_instrumented(qdq, list(stored.values()), inputs, target)
     for reference, values in zip(wanted, got, strict=True):
         for i, (r, v) in enumerate(zip(reference, values, strict=True)):
