@@ -32,10 +32,10 @@ if IS_RELAX:
     from .explain import explain, library_counts
     from .export import export
     from .override import disable, disabled, enable, is_enabled
-    from .quantize import quantize
+    from .quantize import accuracy_report, quantize
     from .transform.pipeline import pipeline
 
-    __all__ += ["export", "pipeline", "quantize"]
+    __all__ += ["accuracy_report", "export", "pipeline", "quantize"]
 else:
     from . import relay
     from .relay import disable, disabled, enable, explain, is_enabled, library_counts
