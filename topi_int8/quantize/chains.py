@@ -1,7 +1,7 @@
 """The layers of a QDQ graph as kernels: what each reads, computes and stores; and each one alone.
 
 A chain is a conv2d or matmul with the bias, residual and activation that its kernel's epilogue
-computes. `isolate` builds a module that runs every int8 chain on fp32 values.
+computes. `isolate` builds a module that runs every chain on tensors of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -73,7 +74,13 @@ class Chain:
 
 
 def pairs_of(graph: Graph) -> dict[relax.Var, Pair]:
-    """Return dequantized variable -> its pair, for every tensor quantized as a whole."""
+    """Return dequantized variable -> its pair, for every quantized tensor.
+
+    Raises
+    ------
+    ValueError
+        A pair's scale is no constant, or not one for the tensor.
+    """
     pairs = {}
     for var in graph.order:
         source = quantized_tensor(graph, var)
@@ -82,7 +89,10 @@ def pairs_of(graph: Graph) -> dict[relax.Var, Pair]:
         quantize = graph.values[graph.values[var].args[0]]
         scale, zero_point = (constant(arg) for arg in quantize.args[1:3])
         if scale is None or zero_point is None or scale.size != 1:
-            continue
+            raise ValueError(
+                f"int8 quantizes {source.name} with another scale than one constant; allowed: one "
+                "scale a tensor, as quantize writes it"
+            )
         params = QParams(float(scale.item()), int(zero_point.item()), str(quantize.ty.dtype))
         pairs[var] = Pair(source.name, var.name, params)
     return pairs
@@ -136,9 +146,10 @@ def isolate(
 ) -> tuple[tvm.IRModule, list[str]]:
     """Return a module that runs each chain by itself, and the names of its parameters.
 
-    Its parameters are fp32 tensors. Each chain reads them through the pairs that it has in the QDQ
-    graph, computes with its int8 weights, and returns its float32 result before it is stored: a
-    tuple in the order of the chains. So no chain sees what another one rounded.
+    Each chain reads parameters of the module alone, so that none sees what another one rounded, and
+    returns its float32 result before it is stored: a tuple in the order of the chains. Weights and
+    biases are those of the QDQ graph, dequantized here: so it is a float module, which compiles in
+    a fraction of the time and is as far from the integers' result as float32 rounds.
 
     Parameters
     ----------
@@ -148,79 +159,73 @@ def isolate(
         Of the QDQ module.
     chains : sequence of Chain
         Of that graph.
+
+    Returns
+    -------
+    mod : tvm.IRModule
+    names : list of str
+        Tensors to hand to it. A name of the QDQ graph's dequantized tensors stands for the fp32
+        tensor rounded to that pair; the others are fp32 tensors.
     """
     func = Graph(reference)
     types = {var.name: var.ty for var in [*func.func.params, *func.order]}
     # main's own come first: they define the symbolic dimensions.
-    names = [param.name for param in func.func.params]
-    names += [name for name in tensors_read(graph, chains) if name not in names]
-    params = {name: relax.Var(name, types[name]) for name in names}
+    handed = {param.name: param.name for param in func.func.params}
+    handed |= tensors_read(graph, chains)
+    params = {name: relax.Var(name, types[tensor]) for name, tensor in handed.items()}
     builder = relax.BlockBuilder()
     with builder.function("main", list(params.values())):
         with builder.dataflow():
-            writer = _Writer(builder, graph, params)
-            results = [writer.chain(chain) for chain in chains]
+            results = [_copy(builder, graph, params, chain) for chain in chains]
             out = builder.emit_output(relax.Tuple(results))
         builder.emit_func_output(out)
-    return builder.get(), names
+    return builder.get(), list(handed)
 
 
-def tensors_read(graph: Graph, chains: Sequence[Chain]) -> list[str]:
-    """Return the names of the fp32 tensors behind what chains read, each once."""
-    names: dict[str, None] = {}
+def tensors_read(graph: Graph, chains: Sequence[Chain]) -> dict[str, str]:
+    """Return tensors that chains read -> the fp32 tensor behind each; no weights, no biases."""
+    names: dict[str, str] = {}
     for chain in chains:
         own = frozenset(chain.steps)
         for step in chain.steps:
             for arg in graph.tensors(graph.values[step]):
-                if arg not in own and not _is_weight(graph, arg):
+                if arg not in own and _weight(graph, arg) is None:
                     source = quantized_tensor(graph, arg)
-                    names[(arg if source is None else source).name] = None
-    return list(names)
+                    names[arg.name] = (arg if source is None else source).name
+    return names
 
 
-def _is_weight(graph: Graph, var: relax.Var) -> bool:
-    """Return whether a variable is a dequantized constant: a weight or a bias."""
-    call = graph.values.get(var)
-    return op_name(call) == "relax.dequantize" and constant(call.args[0]) is not None
+def _copy(
+    builder: relax.BlockBuilder, graph: Graph, params: dict[str, relax.Var], chain: Chain
+) -> relax.Var:
+    """Write a chain that reads parameters; return its last tensor."""
+    own: dict[relax.Var, relax.Var] = {}
 
-
-class _Writer:
-    """Copies chains into another function, cut off from one another."""
-
-    def __init__(
-        self, builder: relax.BlockBuilder, graph: Graph, params: dict[str, relax.Var]
-    ) -> None:
-        self.builder, self.graph, self.params = builder, graph, params
-        self._shared: dict[relax.Var, relax.Var] = {}
-
-    def chain(self, chain: Chain) -> relax.Var:
-        """Write one; return its last tensor."""
-        own: dict[relax.Var, relax.Var] = {}
-        for step in chain.steps:
-            call = self.graph.values[step]
-            args = [self._operand(arg, own) for arg in call.args]
-            own[step] = self._emit(call, args, step.name)
-        return own[chain.steps[-1]]
-
-    def _operand(self, arg: Any, own: dict[relax.Var, relax.Var]) -> Any:
+    def operand(arg: Any) -> Any:
         if not isinstance(arg, relax.Var):
             return arg
         if arg in own:
             return own[arg]
-        if arg not in self._shared:
-            self._shared[arg] = self._fresh(arg)
-        return self._shared[arg]
+        weight = _weight(graph, arg)
+        return params[arg.name] if weight is None else relax.const(weight)
 
-    def _fresh(self, arg: relax.Var) -> relax.Var:
-        call = self.graph.values.get(arg)
-        if _is_weight(self.graph, arg):
-            return self._emit(call, list(call.args), arg.name)
-        source = quantized_tensor(self.graph, arg)
-        if source is None:
-            return self.params[arg.name]
-        quantize = self.graph.values[call.args[0]]
-        q = self._emit(quantize, [self.params[source.name], *quantize.args[1:]], f"{source.name}_q")
-        return self._emit(call, [q, *call.args[1:]], arg.name)
+    for step in chain.steps:
+        call = graph.values[step]
+        args = [operand(arg) for arg in call.args]
+        own[step] = builder.emit(relax.Call(call.op, args, call.attrs, call.ty_args), step.name)
+    return own[chain.steps[-1]]
 
-    def _emit(self, call: relax.Call, args: list[Any], name: str) -> relax.Var:
-        return self.builder.emit(relax.Call(call.op, args, call.attrs, call.ty_args), name)
+
+def _weight(graph: Graph, var: relax.Var) -> np.ndarray | None:
+    """Return the float32 value of a dequantized constant; None for other variables."""
+    call = graph.values.get(var)
+    q = constant(call.args[0]) if op_name(call) == "relax.dequantize" else None
+    if q is None:
+        return None
+    along = [1] * q.ndim
+    along[int(call.attrs.axis)] = -1
+    scale, zero_point = (
+        x.reshape(along) if x.size > 1 else x.item() for x in map(constant, call.args[1:3])
+    )
+    # In float64: an int32 bias has more bits than a float32.
+    return ((q.astype("float64") - zero_point) * scale).astype("float32")

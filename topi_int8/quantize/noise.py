@@ -105,8 +105,10 @@ class Rounding:
         low, high = DTYPE_RANGE[params.dtype]
         self.low, self.high = (float(x) for x in params.dequantize(np.array([low, high])))
 
-    def update(self, reference: np.ndarray, stored: np.ndarray) -> None:
+    def update(self, reference: np.ndarray, stored: np.ndarray) -> np.ndarray:
         """Take in one input's fp32 tensor and what the int8 network stored, dequantized.
+
+        Returns the fp32 tensor rounded to this range.
 
         A value is saturated where it is stored at an end of the range and its fp32 value lies
         beyond that end by more than the half step that rounding would bring there.
@@ -116,7 +118,9 @@ class Rounding:
         below = (reference < self.low - half) & (stored < self.low + half)
         self._saturated += int(np.count_nonzero(above) + np.count_nonzero(below))
         self._count += reference.size
-        self._alone.update(reference, self.params.dequantize(self.params.quantize(reference)))
+        rounded = self.params.dequantize(self.params.quantize(reference))
+        self._alone.update(reference, rounded)
+        return rounded
 
     @property
     def saturated(self) -> float:

@@ -148,9 +148,11 @@ class _Comparison:
         self.alone = [chain for chain in self.chains if chain.is_int8]
         self.pairs = {pair.tensor: pair for pair in by_var.values()}
         tensors = [chain.tensor for chain in self.chains] + list(self.pairs)
-        _check_same_network(Graph(reference), tensors + tensors_read(graph, self.alone))
+        tensors += tensors_read(graph, self.alone).values()
+        _check_same_network(Graph(reference), tensors)
         self.isolated, self.handed = isolate(reference, graph, self.alone)
-        self.watched = list(dict.fromkeys(tensors + self.handed))
+        inputs = [param.name for param in reference["main"].params]
+        self.watched = list(dict.fromkeys(tensors + inputs))
         self.layers = [Noise(chain.channel_axis) for chain in self.chains]
         self.own = {chain.name: Noise(chain.channel_axis) for chain in self.alone}
         self.stored = {name: Rounding(pair.params) for name, pair in self.pairs.items()}
@@ -199,11 +201,13 @@ class _Comparison:
                     raise ValueError(f"{what} makes {name} infinite or NaN")
         for chain, noise in zip(self.chains, self.layers, strict=True):
             noise.update(fp32[chain.tensor], int8[chain.stored])
+        # What the layers alone read: the fp32 tensors, or those rounded, by the QDQ graph's names.
+        handed = dict(fp32)
         for name, pair in self.pairs.items():
-            self.stored[name].update(fp32[name], int8[pair.dequantized])
+            handed[pair.dequantized] = self.stored[name].update(fp32[name], int8[pair.dequantized])
         for (_, noise), reference, values in zip(self.outputs, wanted, got, strict=True):
             noise.update(reference, values)
-        results = self.run_alone(*(tvm.runtime.tensor(fp32[name]) for name in self.handed))
+        results = self.run_alone(*(tvm.runtime.tensor(handed[name]) for name in self.handed))
         for chain, result in zip(self.alone, results, strict=True):
             self.own[chain.name].update(fp32[chain.tensor], result.numpy())
         self.items += 1

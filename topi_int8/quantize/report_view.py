@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,14 +34,15 @@ def table(report: AccuracyReport, layers: Sequence[LayerAccuracy]) -> Table:
     out = Table(
         title=f"int8 beside fp32, {report.items} input{'s'[: report.items != 1]}{some}",
         title_justify="left", caption_justify="left", header_style="bold", pad_edge=False,
+        box=box.SIMPLE_HEAD,
     )  # fmt: skip
     out.add_column("layer", no_wrap=True)
-    for column in ("SQNR dB", "own dB", "cosine", "max error", "saturated"):
+    for column in ("SQNR", "own", "cosine", "max error", "saturated"):
         out.add_column(column, justify="right", no_wrap=True)
-    out.add_column("worst channels (dB)", no_wrap=True)
-    for column in ("stored as", "range"):
+    out.add_column("worst channels", no_wrap=True)
+    for column in ("stored", "range"):
         out.add_column(column, no_wrap=True)
-    for column in ("scale", "zero point"):
+    for column in ("scale", "zero"):
         out.add_column(column, justify="right", no_wrap=True)
     for layer in layers:
         own = number(layer.own_sqnr) if layer.is_int8 else "float32"
@@ -49,17 +51,17 @@ def table(report: AccuracyReport, layers: Sequence[LayerAccuracy]) -> Table:
     for output in report.outputs:
         out.add_row(*_cells(output, ""), style="bold")
     out.caption = (
-        "SQNR: what the layer's kernel stores, dequantized, against fp32's; errors of earlier "
-        "layers are in it.\nown: the layer alone, on fp32's tensors rounded to its inputs' ranges, "
-        "before its result is stored.\nsaturated: stored at an end of the range, and fp32's value "
-        "lies beyond it."
+        "SQNR, dB: what the layer's kernel stores, dequantized, against fp32's; errors of earlier "
+        "layers are in it.\nown, dB: the layer alone, on fp32's tensors rounded to its inputs' "
+        "ranges, before its result is stored.\nsaturated: stored at an end of the range, and "
+        "fp32's value lies beyond it. channels: their SQNR in brackets. zero: the zero point."
     )
     return out
 
 
 def _cells(accuracy: Accuracy, own: str) -> list[str]:
     stored = accuracy.stored
-    worst = ", ".join(f"{c.index} ({number(c.sqnr)})" for c in accuracy.worst_channels)
+    worst = ", ".join(f"{c.index} ({number(c.sqnr, 0)})" for c in accuracy.worst_channels)
     cells = [
         accuracy.name, number(accuracy.sqnr), own, f"{accuracy.cosine:.5f}",
         f"{accuracy.max_error:.3g}", f"{accuracy.saturated:.2%}" if stored else "-", worst,
@@ -71,9 +73,9 @@ def _cells(accuracy: Accuracy, own: str) -> list[str]:
     return [*cells, stored.dtype, span, f"{stored.scale:.4g}", str(stored.zero_point)]
 
 
-def number(decibel: float) -> str:
+def number(decibel: float, digits: int = 1) -> str:
     """Return decibels as tables show them."""
-    return f"{decibel:.1f}" if math.isfinite(decibel) else str(decibel)
+    return f"{decibel:.{digits}f}" if math.isfinite(decibel) else str(decibel)
 
 
 def to_text(report: AccuracyReport) -> str:
