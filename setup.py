@@ -16,6 +16,8 @@ def read(module: str) -> dict:
 
 
 RPC = ["cloudpickle", "psutil", "tornado"]
+# Photographs for the demo, and what reads a user's own.
+IMAGES = ["Pillow", "scikit-learn", "scikit-image"]
 README = ROOT / "README.md"
 
 setup(
@@ -35,7 +37,8 @@ setup(
         "onnx": ["onnx"],
         # What TVM's RPC tracker and server import and apache-tvm does not name.
         "rpc": RPC,
-        "bench": [*RPC, "pytest", "pytest-benchmark", "typer", "matplotlib"],
+        "images": IMAGES,
+        "bench": [*RPC, *IMAGES, "pytest", "pytest-benchmark", "typer", "matplotlib"],
         # scikit-learn for the digits that it bundles.
         "test": [
             *RPC,

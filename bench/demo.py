@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from . import machine, models, timing
+from . import machine, models, photos, timing
 from .place import HERE, Place
 
 WIDTH = 132  # columns where the output is no terminal
+COMPARED = 4  # images that layers are compared on
+WORST = 5  # layers whose accuracy is shown
 
 
 @dataclass
@@ -66,14 +68,25 @@ def main(argv: list[str] | None = None) -> None:
             f"[bold]{machine.model_name()}[/bold], {args.threads} thread(s), "
             f"{topi_int8.features(target).isas[0]}, {args.weight_bits}-bit weights"
         )
+        images, words = _images()
+        console.print(words, style="dim")
         summaries = []
         for name in args.models:
             try:
                 module, example = models.load(name, args.weights, image=args.image)
             except (RuntimeError, ValueError) as error:  # a name or weights that cannot be had
                 parser.exit(2, f"{parser.prog}: {error}\n")
-            summaries.append(_run_model(console, name, module, example, args, target))
+            summaries.append(_run_model(console, name, module, example, images, args, target))
     console.print(_summary_table(summaries))
+
+
+def _images() -> tuple[Any, str]:
+    """Return who has images to calibrate and test on, and that in words."""
+    try:
+        found = photos.find()
+    except photos.NoPhotographs as error:
+        return models, f"seeded synthetic images: {error}"
+    return found, str(found)
 
 
 @dataclass(frozen=True)
@@ -89,37 +102,42 @@ class Summary:
 
 
 def _run_model(
-    console: Console, name: str, module: Any, example: Any, args: argparse.Namespace, target: Any
-) -> Summary:
+    console: Console, name: str, module: Any, example: Any, images: Any, args: argparse.Namespace,
+    target: Any,
+) -> Summary:  # fmt: skip
     import torch
     import tvm
     from tvm import relax
 
     import topi_int8
     from topi_int8.frontend.torch import from_torch
-    from topi_int8.quantize import layer_errors
 
     clock = Clock()
     console.rule(f"[bold]{name}[/bold]")
     with clock.stage(console, "import"):
         mod = from_torch(module, example)
     start = time.perf_counter()
-    qdq = models.quantize(mod, args.image, args.calibration, args.weight_bits)
+    calibration = images.calibration_images(args.calibration, args.image)
+    qdq = topi_int8.quantize(mod, calibration, weight_bits=args.weight_bits)
     clock.seconds["quantize"] = time.perf_counter() - start
     with clock.stage(console, "compile"):
         executable = tvm.compile(qdq, target=target)
     run = relax.VirtualMachine(executable, tvm.cpu())["main"]
 
-    inputs = models.unseen_images(args.inputs, args.image)
+    inputs = images.unseen_images(args.inputs, args.image)
     with clock.stage(console, "run"), torch.inference_mode():
         fp32 = np.concatenate([module(torch.from_numpy(x)).numpy() for x in inputs])
         int8 = np.concatenate([run(tvm.runtime.tensor(x)).numpy() for x in inputs])
-    with clock.stage(console, "compare layers"):
-        errors = {error.name: error for error in layer_errors(mod, qdq, inputs[:2], target=target)}
+    start = time.perf_counter()
+    accuracy = topi_int8.accuracy_report(mod, qdq, inputs[:COMPARED], target=target)
+    clock.seconds["compare layers"] = time.perf_counter() - start
     with clock.stage(console, "time layers"):
         rows = topi_int8.explain(qdq, target, show=False)
         times = layer_times(rows, target)
-    console.print(layer_table(name, rows, times, errors))
+    console.print(layer_table(name, rows, times, {layer.name: layer for layer in accuracy.layers}))
+    console.print(accuracy.table(worst=WORST))
+    for line in skip_lines(accuracy.layers_to_skip()):
+        console.print(line, markup=False, highlight=False)
     counts = topi_int8.library_counts(executable)
     console.print("in the library: " + _counts(counts.instructions), style="dim")
 
@@ -136,6 +154,12 @@ def _run_model(
         decibel(fp32, int8),
         (int(np.sum(fp32.argmax(1) == int8.argmax(1))), len(inputs)),
     )
+
+
+def skip_lines(skips: Sequence[Any]) -> list[str]:
+    """Return what `AccuracyReport.layers_to_skip` found, a line each."""
+    found = [f"skip {one.name}: {one.reason}" for one in skips]
+    return found or ["no layer stands out by its own error: none is worth leaving in float32"]
 
 
 def _counts(instructions: dict[str, int]) -> str:

@@ -33,10 +33,17 @@ if IS_RELAX:
     from .explain import explain, library_counts
     from .export import export
     from .override import disable, disabled, enable, is_enabled
-    from .quantize import quantize
+    from .quantize import accuracy_report, quantize
     from .transform.pipeline import pipeline
 
-    __all__ += ["deploy_quantized_model", "export", "pipeline", "quantize", "quantize_model"]
+    __all__ += [
+        "accuracy_report",
+        "deploy_quantized_model",
+        "export",
+        "pipeline",
+        "quantize",
+        "quantize_model",
+    ]
 else:
     from . import relay
     from .relay import disable, disabled, enable, explain, is_enabled, library_counts

@@ -6,6 +6,7 @@ they cost. Less error: equalize before, bias_correction after; budget leaves lay
 sensitivity says which.
 """
 
+from .accuracy import Accuracy, AccuracyReport, LayerAccuracy, Skip
 from .budget import BudgetReport, BudgetStep, Network, budget_report
 from .calibrate import instrument
 from .clipping import KLDivergence, MeanSquaredError, Percentile
@@ -15,15 +16,18 @@ from .observer import Grid, MinMax, MovingAverage, Observer
 from .preparation import prepare_like
 from .qparams import QParams
 from .quantize import quantize
-from .report import LayerError, layer_errors
+from .report import LayerError, accuracy_report, layer_errors
 
 __all__ = [
     "OBSERVERS",
+    "Accuracy",
+    "AccuracyReport",
     "BudgetReport",
     "BudgetStep",
     "Grid",
     "KLDivergence",
     "Layer",
+    "LayerAccuracy",
     "LayerError",
     "MeanSquaredError",
     "MinMax",
@@ -32,6 +36,8 @@ __all__ = [
     "Observer",
     "Percentile",
     "QParams",
+    "Skip",
+    "accuracy_report",
     "budget_report",
     "instrument",
     "layer_errors",

@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from ..progress import track
 from ..target import host_target
 from .input_mean import InputMean
 from .observer import Observer
@@ -97,7 +98,8 @@ def calibrate(
     for mean in means:
         followers.setdefault(mean.tensor, []).append(mean)
     runs = 0
-    outputs = run_instrumented(mod, list(watched), _with_progress(calibration, progress), target)
+    items = track(calibration, "calibrating", progress)
+    outputs = run_instrumented(mod, list(watched), items, target)
     for tensors in outputs:
         for (name, observer), values in zip(watched.items(), tensors, strict=True):
             if not np.isfinite(values).all():
@@ -121,32 +123,67 @@ def run_instrumented(
 
     Parameters are those of `instrument` and `calibrate`.
     """
-    executable = tvm.compile(instrument(mod, names), target=target or host_target())
-    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
-    params = list(mod["main"].params)
+    run = Instrumented(mod, names, target)
     for index, item in enumerate(inputs):
-        yield [tensor.numpy() for tensor in main(*_arguments(item, params, index))[1:]]
+        _, tensors = run(run.arguments(item, f"calibration item {index}"))
+        yield [tensors[name] for name in names]
 
 
-def _arguments(item: Any, params: Sequence[relax.Var], index: int) -> list[Any]:
-    """Return a calibration item as tensors in the order of the parameters."""
+class Instrumented:
+    """A module compiled to return its result and the tensors of some names.
+
+    Parameters
+    ----------
+    mod, names
+        As for `instrument`.
+    target : tvm.target.Target, optional
+        This machine by default.
+    """
+
+    def __init__(
+        self, mod: tvm.IRModule, names: Sequence[str], target: tvm.target.Target | None = None
+    ) -> None:
+        self.names = list(names)
+        self.params = list(mod["main"].params)
+        executable = tvm.compile(instrument(mod, names), target=target or host_target())
+        self._main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+
+    def arguments(self, item: Any, what: str) -> list[Any]:
+        """Return an input of `calibrate` as tensors in the order of the parameters.
+
+        ``what`` names the item in the ValueError that one of other shapes raises.
+        """
+        return _arguments(item, self.params, what)
+
+    def __call__(self, arguments: Sequence[Any]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """Return the results of ``main``, a tuple's one after the other, and tensors by name."""
+        result, *tensors = self._main(*arguments)
+        exposed = {name: tensor.numpy() for name, tensor in zip(self.names, tensors, strict=True)}
+        return _flat(result), exposed
+
+
+def _flat(result: Any) -> list[np.ndarray]:
+    """Return a result of the VM as arrays, those of tuples one after the other."""
+    if hasattr(result, "numpy"):
+        return [result.numpy()]
+    return [array for field in result for array in _flat(field)]
+
+
+def _arguments(item: Any, params: Sequence[relax.Var], what: str) -> list[Any]:
+    """Return an item as tensors in the order of the parameters."""
     names = [param.name for param in params]
     if isinstance(item, Mapping):
         if set(item) != set(names):
-            raise ValueError(
-                f"calibration item {index} has the inputs {sorted(item)}; allowed: {names}"
-            )
+            raise ValueError(f"{what} has the inputs {sorted(item)}; allowed: {names}")
         arrays = [item[name] for name in names]
     else:
         arrays = list(item) if isinstance(item, (tuple, list)) else [item]
     if len(arrays) != len(params):
-        raise ValueError(
-            f"calibration item {index} has {len(arrays)} inputs; allowed: {len(params)}, {names}"
-        )
-    return [_argument(x, param, index) for x, param in zip(arrays, params, strict=True)]
+        raise ValueError(f"{what} has {len(arrays)} inputs; allowed: {len(params)}, {names}")
+    return [_argument(x, param, what) for x, param in zip(arrays, params, strict=True)]
 
 
-def _argument(value: Any, param: relax.Var, index: int) -> Any:
+def _argument(value: Any, param: relax.Var, what: str) -> Any:
     array = np.ascontiguousarray(value, dtype=str(param.ty.dtype))
     want = [int(dim.value) if hasattr(dim, "value") else None for dim in param.ty.shape]
     fits = len(want) == array.ndim and all(
@@ -154,21 +191,7 @@ def _argument(value: Any, param: relax.Var, index: int) -> Any:
     )
     if not fits:
         raise ValueError(
-            f"calibration item {index}: {param.name} has shape {array.shape}; "
+            f"{what}: {param.name} has shape {array.shape}; "
             f"allowed: {tuple('any' if dim is None else dim for dim in want)}"
         )
     return tvm.runtime.tensor(array)
-
-
-def _with_progress(items: Iterable[Any], show: bool) -> Iterator[Any]:
-    """Yield the items, under a progress bar when asked for and `rich` is there to draw it."""
-    if not show:
-        yield from items
-        return
-    try:
-        from rich.progress import track
-    except ImportError:
-        yield from items
-        return
-    total = len(items) if hasattr(items, "__len__") else None
-    yield from track(items, "calibrating", total=total, transient=True)
