@@ -33,9 +33,13 @@ setup(
         # torchvision has no CPU build of its own: topi_int8/frontend/torchvision.py lets it import.
         "torch": ["torch==2.13.0", "torchvision==0.28.0"],
         "onnx": ["onnx"],
+        "tflite": ["tflite"],
         # What TVM's RPC tracker and server import and apache-tvm does not name.
         "rpc": RPC,
         "bench": [*RPC, "pytest", "pytest-benchmark", "typer", "matplotlib"],
-        "test": [*RPC, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer"],
+        "test": [
+            *RPC, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer",
+            "tflite",
+        ],
     },
 )
