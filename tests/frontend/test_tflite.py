@@ -334,6 +334,20 @@ def test_networks_are_packed_once(name: str) -> None:
     assert not {"relax.permute_dims", "relax.nn.pad", "relax.clip"} & left.keys()
 
 
+def test_adds_in_the_epilogue() -> None:
+    """Where ADD need not see a rounded layer: fewer passes, not a step of the sum away."""
+    net = Net()
+    x = net.conv2d(net.input((1, 12, 12, 8)), 16, 1)
+    y = net.add(net.conv2d(net.conv2d(x, 16, 3, activation="RELU"), 16, 3), x, "RELU")
+    z = net.add(net.conv2d(y, 32, 1), net.conv2d(y, 32, 3))
+    model = net.model(z)
+    mods = [from_tflite(model, exact_adds=exact) for exact in (True, False)]
+    adds = [others(topi_int8.explain(mod, TARGET, show=False)).get("add", 0) for mod in mods]
+    assert adds == [2, 0] and not in_float(mods[1])
+    exact, fused = (run(mod, net.inputs[0].value)[0].astype(int) for mod in mods)
+    assert 0 < (exact != fused).mean() < 0.7 and np.abs(exact - fused).max() <= 3
+
+
 def test_tvms_own_import_is_fused_too() -> None:
     """FuseQDQ takes in clips of integers, and reshapes of depthwise weights, as TVM writes them."""
     import tflite

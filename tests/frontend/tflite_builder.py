@@ -97,7 +97,9 @@ class Net:
     def _weight(self, shape: tuple[int, ...], channel_axis: int, per_channel: bool) -> tuple:
         value = self.rng.integers(-127, 128, shape).astype("int8")
         count = shape[channel_axis] if per_channel else 1
-        scales = self.rng.uniform(0.002, 0.01, count).astype("float32")
+        # A uniform int8 is 73 on average: sums are about as large as what is summed.
+        depth = value.size / shape[channel_axis]
+        scales = (self.rng.uniform(0.5, 2, count) / (50 * depth**0.5)).astype("float32")
         return self.constant(value, scales, channel_axis if per_channel else 0), scales
 
     def _calibrated(self, real: np.ndarray, activation: str = "NONE") -> Params:

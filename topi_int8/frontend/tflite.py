@@ -17,6 +17,7 @@ twice) in up to a fifth of them.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,8 @@ _IDENTIFIER = b"TFL3"
 def from_tflite(
     model: bytes | bytearray | memoryview | str | os.PathLike,
     shape_dict: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    exact_adds: bool = True,
 ) -> tvm.IRModule:
     """Return a TFLite model as a Relax IRModule with its parameters bound as constants.
 
@@ -65,6 +68,10 @@ def from_tflite(
         imported, and then be given to `topi_int8.quantize`.
     shape_dict : mapping of str to tuple of int, optional
         Shapes of inputs by name, where they shall not be the model's own: another batch.
+    exact_adds : bool
+        Whether a layer's result is rounded to int8 before an ADD, as TFLite does. False: where
+        nothing else reads it, it is added unrounded, in the layer's own epilogue. That spares a
+        pass over memory a residual block, loses less, and is no longer within a step of TFLite.
 
     Returns
     -------
@@ -95,7 +102,8 @@ def from_tflite(
     if not set(shapes) <= set(inputs):
         unknown = ", ".join(sorted(set(shapes) - set(inputs)))
         raise ValueError(f"shape_dict names {unknown}; allowed: {', '.join(inputs)}")
-    mod = upstream.from_tflite(parsed, shapes, op_converter=QuantizedOperators)
+    converter = partial(QuantizedOperators, exact_adds=exact_adds)
+    mod = upstream.from_tflite(parsed, shapes, op_converter=converter)
     # Its attributes hold every constant a second time.
     main = mod["main"].without_attr("params").without_attr("num_input")
     mod.update_func(mod.get_global_var("main"), main)
@@ -118,8 +126,15 @@ class QuantizedOperators(upstream.OperatorConverter):
 
     _SUPPORTED_QUANTIZED_OPS = upstream.OperatorConverter._SUPPORTED_QUANTIZED_OPS | _MOVES.keys()
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, exact_adds: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.exact_adds = exact_adds
+        operators = [self.subgraph.Operators(i) for i in range(self.subgraph.OperatorsLength())]
+        self.readers = Counter(
+            int(i) for op in operators for i in self._indices_or_empty(op.InputsAsNumpy())
+        )
+        self.readers.update(int(i) for i in self._indices_or_empty(self.subgraph.OutputsAsNumpy()))
+        self.convert_map["ADD"] = self.convert_add
         for name, moved in _MOVES.items():
             convert = self.convert_map[name]
             self.convert_map[name] = partial(self._convert_move, name, moved, convert)
@@ -188,6 +203,24 @@ class QuantizedOperators(upstream.OperatorConverter):
                     "allowed: those of its input"
                 )
         return convert(op)
+
+    def convert_add(self, op: Any) -> relax.Expr:
+        """With `exact_adds` as TVM does; else the later of two layers is added unrounded."""
+        tensors, (result,) = self.get_input_tensors(op), self.get_output_tensors(op)
+        later = max(tensors, key=lambda tensor: tensor.tensor_idx)
+        unrounded = None if self.exact_adds else self._unrounded(later)
+        if unrounded is None:
+            return self._convert_elemwise(op, relax.op.add)
+        sides = [unrounded if tensor is later else self._real(tensor) for tensor in tensors]
+        activation = self._options(op, "AddOptions").FusedActivationFunction()
+        return self._stored(relax.op.add(*sides), result, activation)
+
+    def _unrounded(self, tensor: Any) -> relax.Expr | None:
+        """Return what was quantized to make a tensor that one operator reads; None for others."""
+        index = tensor.tensor_idx
+        made = self.get_expr(index) if self.has_expr(index) else None
+        quantized = isinstance(made, relax.Call) and made.op == tvm.ir.Op.get("relax.quantize")
+        return made.args[0] if quantized and self.readers[index] == 1 else None
 
     def convert_fully_connected(self, op: Any) -> relax.Expr:
         """TVM keeps dimensions of the data that TFLite makes rows of."""
