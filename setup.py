@@ -35,6 +35,7 @@ setup(
         # torchvision has no CPU build of its own: topi_int8/frontend/torchvision.py lets it import.
         "torch": ["torch==2.13.0", "torchvision==0.28.0"],
         "onnx": ["onnx"],
+        "tflite": ["tflite"],
         # What TVM's RPC tracker and server import and apache-tvm does not name.
         "rpc": RPC,
         "images": IMAGES,
@@ -43,7 +44,7 @@ setup(
         "test": [
             *RPC,
             "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff",
-            "scikit-learn", "typer",
+            "scikit-learn", "tflite", "typer",
         ],
     },
 )

@@ -18,6 +18,7 @@ from intrinsics import byte_lookup
 from . import op
 from .explanation import Explanation, LibraryCounts, Other, Row, count_sources
 from .target import features
+from .transform._elementwise import is_pointwise
 from .transform.fuse_elementwise import declined
 from .transform.lower import Lower, decide
 from .transform.pipeline import integer_passes
@@ -34,6 +35,21 @@ _SLOW = {
     "relax.nn.conv1d": "SLOW: 1-D convolutions have no int8 strategy",
     "relax.nn.conv3d": "SLOW: 3-D convolutions have no int8 strategy",
 }
+# Why an operator is computed in float, where it is none that `declined` gives reasons for.
+_FLOAT = {
+    "relax.image.resize2d": "it interpolates",
+    "relax.mean": "not over the height and width of an image, or it reads or makes what is float",
+    "relax.nn.log_softmax": "it sums exponentials",
+    "relax.nn.softmax": "it sums exponentials",
+}
+_FLOAT_ELSE = "no integer kernel, or what it reads is float"
+_PAIRS = ("relax.dequantize", "relax.quantize")
+
+
+def _is_float(call: Any) -> bool:
+    """Return whether a call of an operator left to TVM computes float32."""
+    computes = not op.op_name(call).startswith(op.NAMESPACE) and op.op_name(call) not in _PAIRS
+    return computes and str(getattr(call.ty, "dtype", "")) == "float32"
 
 
 def explain(
@@ -75,6 +91,8 @@ def explain(
                 return
             if not (op.is_op(call, "conv2d") or op.is_op(call, "matmul")):
                 others[name] += 1
+                if _is_float(call) and not is_pointwise(call) and name not in _SLOW:
+                    floats[name, _FLOAT.get(name, _FLOAT_ELSE)] += 1
                 return
             attrs, decision = op.attrs_of(call), decide(call, feats)
             rows.append(

@@ -246,6 +246,25 @@ def test_global_pool_of_channels_that_fill_a_block_and_that_do_not(channels: int
     check(build, U8, transforms=1 if channels == 32 else 2)
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_pad_of_rows_and_columns_follows(layout: str) -> None:
+    widths = {"NCHW": (0, 0, 0, 0, 1, 2, 0, 3), "NHWC": (0, 0, 1, 2, 0, 3, 0, 0)}[layout]
+    shape = {"NCHW": (2, 20, 6, 7), "NHWC": (2, 6, 7, 20)}[layout]
+
+    def build(net: Net, x: Any) -> Any:
+        y = net(NN.pad(net.conv(x, 24, layout=layout), widths, "constant", 9.0))
+        return net.conv(net(NN.max_pool2d(y, (2, 2), layout=layout)), 16, layout=layout)
+
+    check(build, (shape, "uint8"), transforms=2)
+
+
+def test_pad_of_channels_is_done_in_plain_layout() -> None:
+    def build(net: Net, x: Any) -> Any:
+        return net.conv(net(NN.pad(net.conv(x, 24), (0, 0, 2, 6, 0, 0, 0, 0))), 16)
+
+    check(build, ((2, 20, 6, 7), "uint8"), transforms=4)
+
+
 def test_float_average_pool_follows() -> None:
     def build(net: Net, x: Any) -> Any:
         y = net(NN.relu(net.float_conv(x, 20)))

@@ -123,6 +123,10 @@ FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
     ),
     "root_of_absolute": (lambda emit, x: emit(R.sqrt(emit(R.abs(x)))), lambda x: abs(x) ** 0.5),
     "erf": (one(R.erf), erf),
+    "rsqrt": (
+        lambda emit, x: emit(R.rsqrt(emit(R.add(emit(R.abs(x)), f(0.5))))),
+        lambda x: 1 / np.sqrt(abs(x) + 0.5),
+    ),
     "scalars": (
         lambda emit, x: emit(R.subtract(f(1.5), emit(R.negative(emit(R.multiply(x, f(0.3))))))),
         lambda x: 1.5 + 0.3 * x,
@@ -225,6 +229,14 @@ def batch_norm(emit, x):
     return emit(NN.relu(emit(R.add(scaled, vector(20, 1, 1, seed=2)))))
 
 
+def by_integers(emit, x):
+    """A constant that is integers with a scale a channel, as QDQ graphs may have them."""
+    factor = relax.const(np.random.default_rng(3).integers(1, 128, (1, 20, 1, 1)).astype("int8"))
+    scales = relax.const(np.random.default_rng(4).uniform(0.01, 0.02, 20).astype("float32"))
+    zeros = relax.const(np.zeros(20, "int8"))
+    return emit(R.multiply(x, emit(R.dequantize(factor, scales, zeros, axis=1))))
+
+
 AFFINES: dict[str, tuple[Callable, tuple]] = {
     "batch_norm": (batch_norm, SHAPE),
     "subtract_divide": (
@@ -236,6 +248,7 @@ AFFINES: dict[str, tuple[Callable, tuple]] = {
         lambda e, x: e(R.add(e(R.multiply(x, vector(20))), vector(20, seed=2))), (1, 5, 6, 20),
     ),
     "rows": (lambda e, x: e(R.multiply(x, vector(1, 1, 5, 1))), SHAPE),
+    "by_integers": (by_integers, SHAPE),
     "clipped_twice": (
         lambda e, x: e(R.clip(e(NN.relu(e(R.multiply(x, vector(20, 1, 1))))), 0.5, 2)), SHAPE,
     ),

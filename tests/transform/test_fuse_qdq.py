@@ -632,6 +632,76 @@ def test_raw_conv2d_dequantized_per_channel_becomes_the_scale() -> None:
     check(module(build, (X[0], "int8")), {"topi_int8.conv2d": 1})
 
 
+# ---------------------------------------------------------------- as TFLite's importer writes it
+
+
+@pytest.mark.parametrize("name", ["conv2d", "add", "avg_pool2d", "requantize"])
+def test_clip_of_integers_is_the_operators_own(name: str) -> None:
+    makes = {
+        "conv2d": lambda net, x: NN.conv2d(net.dq(x), net.weight((16, 8, 3, 3))),
+        "add": lambda net, x: relax.op.add(net.dq(x), net.dq(x, 0.031, 7)),
+        "avg_pool2d": lambda net, x: NN.avg_pool2d(net.dq(x), 3),
+        "requantize": lambda net, x: NN.relu(net.dq(x)),
+    }
+
+    def build(net: Net, x: relax.Var) -> object:
+        stored = net.q(net.emit(makes[name](net, x)), 0.02, 40)
+        return net.emit(relax.op.clip(net.emit(relax.op.clip(stored, 35.0, 255.0)), 10.0, 200.0))
+
+    new = check(module(build, X), {f"topi_int8.{name}": 1})
+    attrs = op.attrs_of(interpret.calls(new, name)[0])
+    # relu's bound is the zero point, and stays
+    assert (attrs["clip_min"], attrs["clip_max"]) == (40 if name == "requantize" else 35, 200)
+
+
+def test_clip_of_a_table_is_in_its_entries() -> None:
+    def build(net: Net, x: relax.Var) -> object:
+        table = relax.const(net.rng.integers(0, 256, 256).astype("uint8"))
+        return net.emit(relax.op.clip(net.emit(op.lookup(x, table)), 20.0, 130.0))
+
+    check(module(build, X), {"topi_int8.lookup": 1})
+
+
+def test_clip_of_integers_that_others_read_stays() -> None:
+    def build(net: Net, x: relax.Var) -> object:
+        stored = net.q(net.emit(NN.avg_pool2d(net.dq(x), 3)), 0.02, 40)
+        return net.emit(relax.op.clip(stored, 45.0, 200.0)), stored
+
+    check(module(build, X), {"topi_int8.avg_pool2d": 1, "clip": 1})
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_reshape_of_a_weight_keeps_its_axis(multiplier: int) -> None:
+    channels = 8 * multiplier
+
+    def build(net: Net, x: relax.Var) -> object:
+        weight = net.weight((1, 3, 3, channels), 3)
+        weight = net.emit(relax.op.reshape(weight, (3, 3, channels, 1)))
+        conv = NN.conv2d(net.dq(x), weight, groups=8, data_layout="NHWC", kernel_layout="HWOI")
+        return net.q(net.emit(conv))
+
+    check(module(build, ((2, 9, 10, 8), "uint8")), {"topi_int8.conv2d": 1})
+
+
+def test_reshape_that_splits_the_axis_of_a_scale_stays_float() -> None:
+    def build(net: Net, x: relax.Var) -> object:
+        weight = net.emit(relax.op.reshape(net.weight((4, 8, 3, 3), 0), (2, 16, 3, 3)))
+        return net.q(net.emit(NN.conv2d(net.dq(x), weight, groups=1)))
+
+    shape = ((2, 16, 9, 10), "uint8")
+    new = FuseQDQ()(module(build, shape))
+    assert interpret.calls(new, "conv2d") == []
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_difference_of_two_quantized(flipped: bool) -> None:
+    def build(net: Net, x: relax.Var, y: relax.Var) -> object:
+        sides = [net.dq(x), net.dq(y, 0.03, 7)]
+        return net.q(net.emit(relax.op.subtract(*(sides[::-1] if flipped else sides))), 0.06, 130)
+
+    check(module(build, X, (X[0], "int8")), {"topi_int8.add": 1})
+
+
 # ---------------------------------------------------------------- what must not break
 
 

@@ -50,6 +50,7 @@ _POINTWISE: dict[str, Callable[..., np.ndarray]] = {
     "relax.nn.relu6": lambda _, x: np.clip(x, 0, 6),
     "relax.nn.silu": lambda _, x: x * _sigmoid(x),
     "relax.power": lambda _, x, y: np.power(x, y),
+    "relax.rsqrt": lambda _, x: 1 / np.sqrt(x),
     "relax.sigmoid": lambda _, x: _sigmoid(x),
     "relax.sqrt": lambda _, x: np.sqrt(x),
     "relax.square": lambda _, x: x * x,

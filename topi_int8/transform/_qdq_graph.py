@@ -71,6 +71,7 @@ class Graph:
         self.emit: Callable[[relax.Expr], relax.Var]
         self.normalize: Callable[[relax.Expr], relax.Expr]
         self.new: Callable[[relax.Expr], relax.Expr]
+        self.made: Callable[[relax.Expr], relax.Expr | None]
 
     def array(self, expr: relax.Expr) -> np.ndarray | None:
         """Return the value of a constant, inline or bound; None if it is not known."""
@@ -116,6 +117,12 @@ class _Rewriter(PyExprMutator):
         graph.emit = self.builder_.emit
         graph.normalize = self.builder_.normalize
         graph.new = self.visit_expr
+        graph.made = self._made
+
+    def _made(self, expr: relax.Expr) -> relax.Expr | None:
+        """Return what a variable of the old graph is bound to in the new one; None for others."""
+        new = self.visit_expr(expr)
+        return self.lookup_binding(new) if isinstance(new, relax.Var) else None
 
     def visit_seq_expr_(self, op: relax.SeqExpr) -> relax.Expr:
         outer, self.shared = self.shared, dict(self.shared)

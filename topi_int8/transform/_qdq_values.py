@@ -249,8 +249,21 @@ def fold_move(call: relax.Call, array: np.ndarray, shape: tuple[int, ...]) -> np
     return array.reshape(shape)
 
 
+LOST = -1  # `moved_axis` of a per-channel axis that is an axis no more
+
+
 def moved_axis(call: relax.Call, axis: int | None) -> int | None:
-    """Return where a per-channel axis goes in a reshape or transpose; -1 if it is lost."""
+    """Return where a per-channel axis goes in a move of values; LOST if it is no axis after it.
+
+    A reshape keeps an axis whose size, and that of all before it together, some axis has after it.
+    """
     if axis is None:
         return None
-    return permutation(call).index(axis) if call.op.name == "relax.permute_dims" else -1
+    if call.op.name == "relax.permute_dims":
+        return permutation(call).index(axis)
+    before, after = static_shape(call.args[0]), static_shape(call)
+    if call.op.name not in _RESHAPES or before is None or after is None:
+        return LOST
+    outer, size = math.prod(before[:axis]), before[axis]
+    kept = (i for i, dim in enumerate(after) if dim == size and math.prod(after[:i]) == outer)
+    return next(kept, LOST)

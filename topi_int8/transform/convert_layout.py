@@ -27,6 +27,7 @@ from ..layout import Layout
 from ..strategy import LAYOUTS, declines_nhwc
 from ..target import Features, features
 from ._qdq_graph import functions_of
+from .fold_pad import pad_of
 
 
 @dataclass
@@ -320,6 +321,21 @@ def _pool(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None
     return new, Image(image.logical, image.channels, {layout: None})
 
 
+def _pad(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
+    """Follow the data where rows and columns alone are padded."""
+    image = conv.images.get(call.args[0])
+    if image is None or not image.packed or not _static(call):
+        return None
+    pad = pad_of(call, image.logical)
+    if pad is None or not math.isfinite(pad[0]):
+        return None
+    value, (top, left, bottom, right) = pad
+    widths = [0, 0, 0, 0, top, bottom, left, right, 0, 0]
+    data = conv.in_layout(call.args[0], image.packed)
+    new = relax.op.nn.pad(data, widths, "constant", value)
+    return new, Image(image.logical, image.channels, {image.packed: None})
+
+
 def _concat(conv: _Converter, call: relax.Call) -> tuple[relax.Call, Image] | None:
     """Stay packed where every input but the last is whole blocks.
 
@@ -369,6 +385,7 @@ _HANDLERS: dict[str, Handler] = {
     "topi_int8.lookup": _lookup,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
+    "relax.nn.pad": _pad,
     "relax.concat": _concat,
     **dict.fromkeys(_FOLLOW, _elementwise),
 }

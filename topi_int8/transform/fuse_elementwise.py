@@ -26,9 +26,9 @@ from ..op import op_name
 from ..qparams import QParams, all_integers
 from ..workload import INT8_DTYPES
 from ._elementwise import Finder, NotPointwise, Pointwise, is_pointwise
-from ._qdq_emit import constant, is_static, stored
+from ._qdq_emit import constant, dequantized, is_static, stored
 from ._qdq_graph import Graph, rewrite_functions
-from ._qdq_values import scalar
+from ._qdq_values import scalar, view_of
 
 
 @tvm.transform.module_pass(opt_level=0, name="topi_int8.FuseElementwise")
@@ -78,9 +78,16 @@ class _Rules:
             return None
 
     def note(self, var: relax.Var, value: relax.Expr) -> None:
-        """Remember a constant that is bound to a variable."""
+        """Remember a constant that is bound to a variable, or dequantized."""
         if isinstance(value, GenericConst):
             self.graph.set_array(var, value.value.numpy)
+        elif op_name(value) == "relax.dequantize" and isinstance(value.args[0], GenericConst):
+            source, rank = value.args[0], int(value.ty.ndim)
+            scale, zero_point = (self.graph.array(arg) for arg in value.args[1:])
+            dtype, axis = str(source.ty.dtype), int(value.attrs.axis)
+            view = view_of(source, dtype, rank, scale, zero_point, axis)
+            if view is not None and str(value.attrs.out_dtype) == "float32":
+                self.graph.set_array(var, lambda: dequantized(view))
 
     def made(self, var: relax.Var, out: QParams) -> relax.Call:
         """Return ``quantize(var)`` as one operator on integers; _Declined where it is none."""

@@ -25,7 +25,7 @@ from tvm.ir import GenericConst
 from .. import op
 from ..layout import Layout
 from ..op import op_name, static_shape
-from ..workload import INT8_DTYPES
+from ..workload import DTYPE_RANGE, INT8_DTYPES
 from ._qdq_chain import Chain, ChainBook, Residual, conv2d_attrs
 from ._qdq_emit import (
     accumulator_scale,
@@ -39,6 +39,7 @@ from ._qdq_emit import (
 )
 from ._qdq_graph import Graph, rewrite_functions
 from ._qdq_values import (
+    LOST,
     NO_BOUNDS,
     Bounds,
     KernelLayout,
@@ -54,21 +55,20 @@ from ._qdq_values import (
     view_of,
 )
 
-# Operators that move values without changing them (a maximum picks one). True: a per-channel scale
-# can follow its axis.
-_MOVES = {
-    "relax.reshape": False,
-    "relax.flatten": False,
-    "relax.nn.batch_flatten": False,
-    "relax.squeeze": False,
-    "relax.expand_dims": False,
-    "relax.permute_dims": True,
-    "relax.strided_slice": False,
-    "relax.split": False,
-    "relax.concat": False,
-    "relax.nn.pad": False,
-    "relax.nn.max_pool2d": False,
-}
+# Operators that move values without changing them (a maximum picks one).
+_MOVES = (
+    "relax.reshape",
+    "relax.flatten",
+    "relax.nn.batch_flatten",
+    "relax.squeeze",
+    "relax.expand_dims",
+    "relax.permute_dims",
+    "relax.strided_slice",
+    "relax.split",
+    "relax.concat",
+    "relax.nn.pad",
+    "relax.nn.max_pool2d",
+)
 _CLIPS = ("relax.nn.relu", "relax.nn.relu6", "relax.clip", "relax.maximum", "relax.minimum")
 
 
@@ -103,6 +103,7 @@ class QDQRules:
         }
         self._backward: dict[str, Callable[[relax.Call, QParams, Bounds], relax.Expr | None]] = {
             "relax.add": self._quantized_add,
+            "relax.subtract": self._quantized_add,
             "relax.nn.avg_pool2d": self._quantized_average,
             "relax.nn.adaptive_avg_pool2d": self._quantized_average,
             "relax.mean": self._quantized_average,
@@ -190,7 +191,24 @@ class QDQRules:
         view = self._view(clip[0]) if grown is None and clip is not None else None
         if view is not None and clip is not None:
             self._views[var] = view.clipped(clip[1])
+        if grown is None and clip is not None and str(call.ty.dtype) in INT8_DTYPES:
+            return self._clipped_integers(*clip)
         return grown
+
+    def _clipped_integers(self, source: relax.Expr, bounds: Bounds) -> relax.Call | None:
+        """Return the operator of ours that makes an 8-bit tensor, clipping it to bounds too."""
+        made = self.graph.made(source) if self.graph.single_use(source) else None
+        if op.is_op(made, "lookup"):
+            table = made.args[1].value.numpy()
+            return op.lookup(made.args[0], constant(np.clip(table, *bounds).astype(table.dtype)))
+        # What is stored with a zero point has an epilogue, and that a clip.
+        attrs = op.attrs_of(made) if op_name(made).startswith(op.NAMESPACE) else {}
+        if "out_zero_point" not in attrs:
+            return None
+        type_low, type_high = DTYPE_RANGE[attrs["out_dtype"]]
+        own = attrs.get("clip_min", type_low), attrs.get("clip_max", type_high)
+        low, high = narrow(own, bounds)
+        return op.rebuild(made, list(made.args), clip_min=float(low), clip_max=float(high))
 
     def _move(self, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         source = call.args[0]
@@ -200,7 +218,8 @@ class QDQRules:
             self._move_concat(var, call)
             return None
         view = self._view(source)
-        if view is None or (view.axis is not None and not _MOVES[op_name(call)]):
+        axis = moved_axis(call, view.axis) if view is not None else None
+        if view is None or axis == LOST:
             return None
         if view.array is not None and folds(call):
             expr: relax.Expr = constant(fold_move(call, view.array, op.shape_of(call)))
@@ -215,7 +234,7 @@ class QDQRules:
             if made is None:
                 return None
             expr = self.graph.emit(made)
-        self._views[var] = replace(view, expr=expr, axis=moved_axis(call, view.axis))
+        self._views[var] = replace(view, expr=expr, axis=axis)
         return None
 
     def _folded_move(self, call: relax.Call) -> Callable[[], np.ndarray]:
@@ -460,13 +479,14 @@ class QDQRules:
         if None in sides or any(static_shape(arg) != shape for arg in call.args):
             return None
         (a, a_params), (b, b_params) = sides
+        sign = -1 if op_name(call) == "relax.subtract" else 1
         return op.add(
             a,
             b,
             a_zero_point=a_params.zero_point,
             a_scale=a_params.scale / out.scale,
             b_zero_point=b_params.zero_point,
-            b_scale=b_params.scale / out.scale,
+            b_scale=sign * b_params.scale / out.scale,
             **stored(out, bounds),
         )
 

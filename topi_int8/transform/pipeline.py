@@ -14,6 +14,7 @@ from ..target import features
 from .convert_layout import ConvertLayout
 from .detach_weights import DetachWeights
 from .fold_batch_norm import FoldBatchNorm
+from .fold_pad import FoldPad
 from .fuse_concat import FuseConcat
 from .fuse_elementwise import FuseElementwise
 from .fuse_float import FuseFloat
@@ -29,7 +30,7 @@ def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.
     """Return the passes from a user's graph to topi_int8 operators in the kernels' layouts."""
     return [
         FoldBatchNorm(), SignActivations(target), FuseElementwise(), FuseQDQ(), FuseFloat(),
-        ConvertLayout(target, layout), FuseConcat(),
+        FoldPad(), ConvertLayout(target, layout), FuseConcat(),
     ]  # fmt: skip
 
 
