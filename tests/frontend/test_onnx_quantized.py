@@ -18,7 +18,17 @@ from onnx import TensorProto, helper
 
 import topi_int8
 from tests.frontend import onnx_cases as cases
-from tests.frontend.onnx_cases import Builder, along, check, draw, real, scale_for, stored
+from tests.frontend.onnx_cases import (
+    Builder,
+    along,
+    check,
+    draw,
+    fused,
+    integer_names,
+    real,
+    scale_for,
+    stored,
+)
 from topi_int8.frontend._onnx_node import rebased
 from topi_int8.frontend.onnx import from_onnx
 
@@ -27,11 +37,6 @@ DTYPES = [("uint8", "int8"), ("int8", "int8"), ("uint8", "uint8"), ("int8", "uin
 
 def point(value: int, dtype: str) -> np.ndarray:
     return np.array(value, dtype)
-
-
-def integer_names(found: Any) -> list[str]:
-    """Return the operators that run as integers, by name."""
-    return [row.name for row in found.rows if row.work.data_dtype != "float32"]
 
 
 # ---------------------------------------------------------------- QLinearConv
@@ -57,19 +62,16 @@ class Conv:
 
 
 CONVS = {
-    "plain": Conv(),
     "zero_points": Conv(zero=37, weight_zero=-5, per_channel=False),
     "stem": Conv(3, 16, (7, 7), (19, 21), (2, 2), (3, 3, 3, 3), zero=-100),
-    "pointwise": Conv(35, 17, (1, 1), pads=(0, 0, 0, 0), bias=False, zero=9, n=2),
+    "pointwise": Conv(35, 17, (1, 1), pads=(0, 0, 0, 0), auto_pad="VALID", zero=9, n=2),
     "strided": Conv(strides=(2, 3), pads=(0, 1, 2, 0), zero=-3),
     "dilated": Conv(dilations=(2, 1), pads=(2, 1, 2, 1), zero=90),
-    "grouped": Conv(8, 12, group=4, zero=20),
+    "grouped": Conv(8, 12, group=4, zero=20, bias=False),
     "depthwise": Conv(7, 7, group=7, zero=-60, weight_zero=3, per_channel=False),
-    "multiplier": Conv(4, 8, group=4, bias=False),
     "points_a_channel": Conv(zero=11, weight_zero="each"),
     "same_upper": Conv(strides=(2, 2), auto_pad="SAME_UPPER", zero=50),
     "same_lower": Conv(strides=(2, 2), kernel=(2, 5), auto_pad="SAME_LOWER", zero=50),
-    "valid": Conv(pads=(0, 0, 0, 0), auto_pad="VALID"),
 }
 
 
@@ -100,7 +102,9 @@ def geometry(case: Conv) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
 def test_qlinear_conv(dtypes: tuple[str, str]) -> None:
     rng, g = np.random.default_rng(1), Builder()
-    for name, case in CONVS.items():
+    names = list(CONVS) if dtypes == DTYPES[0] else ["zero_points", "depthwise", "same_upper"]
+    for name in names:
+        case = CONVS[name]
         x = draw(rng, (case.n, case.ic, *case.image), dtypes[0])
         w, w_zero = weights(rng, case, dtypes[1])
         x_zero = point((128 if dtypes[0] == "uint8" else 0) + case.zero, dtypes[0])
@@ -124,9 +128,9 @@ def test_qlinear_conv(dtypes: tuple[str, str]) -> None:
         y = g.node("QLinearConv", operands, name=name, **attrs)
         g.output(y, stored(value, y_scale, y_zero))
     # onnxruntime has no QLinearConv of signed data with unsigned weights.
-    found = check(g, rival=dtypes != ("int8", "uint8"))
-    assert integer_names(found) == list(CONVS)
-    assert not [other for other in found.others if "SLOW" in other.note]
+    mod = check(g, rival=dtypes != ("int8", "uint8"))
+    assert integer_names(mod) == names
+    assert "relax.nn.conv2d" not in dict(fused(mod))
 
 
 # ---------------------------------------------------------------- matmuls
@@ -139,6 +143,8 @@ def test_qlinear_matmul(dtypes: tuple[str, str]) -> None:
         "flat": ((5, 24), (24, 10), False), "columns": ((5, 24), (24, 10), True),
         "batch_by_one": ((2, 3, 16), (16, 7), False), "batches": ((2, 3, 4, 16), (2, 3, 16, 9), False),
     }  # fmt: skip
+    if dtypes != DTYPES[0]:
+        shapes = {"columns": shapes["columns"]}
     for name, (a_shape, b_shape, columns) in shapes.items():
         a, b = draw(rng, a_shape, dtypes[0]), draw(rng, b_shape, dtypes[1])
         a_zero = point(130 if dtypes[0] == "uint8" else -3, dtypes[0])
@@ -157,8 +163,8 @@ def test_qlinear_matmul(dtypes: tuple[str, str]) -> None:
             name=name,
         )  # fmt: skip
         g.output(y, stored(value, y_scale, y_zero))
-    found = check(g, rival=dtypes != ("int8", "uint8"))
-    assert integer_names(found) == list(shapes)
+    mod = check(g, rival=dtypes != ("int8", "uint8"))
+    assert integer_names(mod) == list(shapes)
 
 
 def test_qlinear_matmul_by_rows_is_right_and_named() -> None:
@@ -171,12 +177,14 @@ def test_qlinear_matmul_by_rows_is_right_and_named() -> None:
     operands = [g.input(a), *map(g.constant, scales), g.constant(b), g.constant(np.float32(0.05)),
                 g.constant(np.int8(0)), g.constant(y_scale), g.constant(y_zero)]  # fmt: skip
     g.output(g.node("QLinearMatMul", operands, name="rows"), stored(value, y_scale, y_zero))
-    found = check(g, rival=False)  # onnxruntime takes one scale of a
-    assert integer_names(found) == []
-    assert "rows" in str(found)
+    mod = check(g, rival=False)  # onnxruntime takes one scale of a
+    found = topi_int8.explain(mod, topi_int8.host_target(), show=False)
+    assert not found.rows
+    [note] = [other.note for other in found.others if other.op == "relax.matmul"]
+    assert "SLOW" in note and note.endswith(": rows")
 
 
-@pytest.mark.parametrize("dtypes", DTYPES[:3], ids="-".join)
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids="-".join)
 def test_qgemm(dtypes: tuple[str, str]) -> None:
     rng, g = np.random.default_rng(4), Builder()
     variants = {
@@ -184,6 +192,8 @@ def test_qgemm(dtypes: tuple[str, str]) -> None:
         "transposed_a": (1, 0, 0.5, True, True), "to_float": (0, 1, 1.0, False, True),
         "no_bias": (0, 1, 2.0, True, False),
     }  # fmt: skip
+    if dtypes != DTYPES[0]:
+        variants = {"plain": variants["plain"]}
     for name, (trans_a, trans_b, alpha, quantizes, has_bias) in variants.items():
         a, b = draw(rng, (5, 20), dtypes[0]), draw(rng, (20, 12), dtypes[1])
         a_zero = point(118 if dtypes[0] == "uint8" else 4, dtypes[0])
@@ -278,8 +288,7 @@ def test_average_pools(dtype: str) -> None:
     y = g.node("QLinearAveragePool", [g.input(last), *params], channels_last=1,
                kernel_shape=(2, 2), strides=(1, 1))  # fmt: skip
     g.output(y, stored(value.transpose(0, 2, 3, 1), y_scale, y_zero))
-    found = check(g)
-    assert not {other.op for other in found.others} & {"relax.nn.avg_pool2d", "relax.mean"}
+    assert not {"relax.nn.avg_pool2d", "relax.mean"} & set(dict(fused(check(g))))
 
 
 def test_the_other_qlinear_operators() -> None:
@@ -288,12 +297,9 @@ def test_the_other_qlinear_operators() -> None:
     x_scale, x_zero, zero = np.float32(0.03), np.uint8(117), np.uint8(9)
     value = real(x, x_scale, x_zero)
     source = [g.input(x), g.constant(x_scale), g.constant(x_zero)]
-    exponent = np.exp(value - value.max(-1, keepdims=True))
     unary = {
         "QLinearLeakyRelu": (np.where(value > 0, value, 0.2 * value), dict(alpha=0.2)),
         "QLinearSigmoid": (1 / (1 + np.exp(-value)), {}),
-        "QLinearSoftmax": (exponent / exponent.sum(-1, keepdims=True), dict(axis=-1, opset=13)),
-        "QLinearReduceMean": (value.mean((1, 3), keepdims=True), dict(axes=[1, 3], keepdims=1)),
     }  # fmt: skip
     for op, (want, attrs) in unary.items():
         scale = scale_for(want)
@@ -315,14 +321,38 @@ def test_the_other_qlinear_operators() -> None:
     check(g)
 
 
+def test_qlinear_softmax_and_mean() -> None:
+    g, x = Builder(), draw(np.random.default_rng(7), (2, 5, 4, 6), "uint8")
+    params = [np.float32(0.03), np.uint8(117), np.float32(0.01), np.uint8(100)]
+    want = real(x, *params[:2]).mean((1, 3), keepdims=True)
+    made = g.node("QLinearReduceMean", [g.input(x), *map(g.constant, params)], axes=[1, 3],
+                  keepdims=1)  # fmt: skip
+    g.output(made, stored(want, *params[2:]))
+    value = np.exp(real(x, *params[:2]))
+    want = value / value.sum(-1, keepdims=True)
+    made = g.node("QLinearSoftmax", [g.input(x), *map(g.constant, params)], axis=-1, opset=13)
+    g.output(made, stored(want, *params[2:]))
+    # onnxruntime's CPU has no mean, and a softmax of its own tables, off by 1 in every sixth value.
+    check(g, rival=False)
+
+
 # ---------------------------------------------------------------- integers
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["constant", "dynamic"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-def test_conv_integer(dtypes: tuple[str, str], dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    "dtypes, dynamic, names",
+    [
+        (DTYPES[0], False, ["stem", "depthwise", "points_a_channel", "same_upper"]),
+        (DTYPES[0], True, ["zero_points", "strided", "grouped", "dilated"]),
+        (DTYPES[1], True, ["points_a_channel", "same_lower"]),
+        (DTYPES[2], False, ["zero_points"]),
+        (DTYPES[3], True, ["zero_points"]),
+    ],
+)
+def test_conv_integer(dtypes: tuple[str, str], dynamic: bool, names: list[str]) -> None:
     rng, g = np.random.default_rng(8), Builder()
-    for name, case in CONVS.items():
+    for name in names:
+        case = CONVS[name]
         x = draw(rng, (case.n, case.ic, *case.image), dtypes[0])
         w, w_zero = weights(rng, case, dtypes[1])
         x_zero = point((128 if dtypes[0] == "uint8" else 0) + case.zero, dtypes[0])
@@ -334,8 +364,7 @@ def test_conv_integer(dtypes: tuple[str, str], dynamic: bool) -> None:
                    name=name, **attrs)  # fmt: skip
         g.output(y, want.astype("int32"))
     # onnxruntime's takes no signed data, and one zero point for all channels.
-    found = check(g, exact=True, rival=False)
-    assert integer_names(found) == list(CONVS)
+    assert integer_names(check(g, exact=True, rival=False)) == names
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
@@ -362,6 +391,8 @@ def test_matmul_integer(dtypes: tuple[str, str]) -> None:
         "batch": (batch, wide, True, a_zero, None, True),
         "batches": (batch, second, False, a_zero, b_zero, False),
     }
+    if dtypes != DTYPES[0]:
+        variants = {name: variants[name] for name in ("points", "columns")}
     for name, (x, w, constant, x_zero, w_zero, known) in variants.items():
         want = x.astype("int64") - (0 if x_zero is None else along(x_zero, x.ndim, -2))
         want = want @ (w.astype("int64") - (0 if w_zero is None else along(w_zero, w.ndim, -1)))
@@ -372,8 +403,8 @@ def test_matmul_integer(dtypes: tuple[str, str]) -> None:
             zeros.pop()
         y = g.node("MatMulInteger", [g.input(x), weight, *zeros], name=name)
         g.output(y, want.astype("int32"))
-    found = check(g, exact=True, rival=False)  # onnxruntime's takes no zero point a row
-    assert integer_names(found) == list(variants)
+    mod = check(g, exact=True, rival=False)  # onnxruntime's takes no zero point a row
+    assert integer_names(mod) == list(variants)
 
 
 def test_matmul_integer_is_onnxruntimes() -> None:
@@ -468,8 +499,7 @@ def test_dynamic_quantization_of_layers_runs_in_integers() -> None:
     q_, s_, z_ = dynamic_reference(image)
     want = cases.conv(q_.astype("int64") - z_, kernel.astype("int64") - 127, pads=(1, 1, 1, 1))
     g.output(made, (want * (np.float64(s_) * w_scale)).astype("float32"))
-    found = check(g)
-    assert integer_names(found) == ["linear", "conv"]
+    assert integer_names(check(g)) == ["linear", "conv"]
 
 
 def test_onnxruntimes_fused_forms_of_it() -> None:
@@ -581,10 +611,9 @@ def small_model() -> onnx.ModelProto:
 def test_operators_bear_the_nodes_names() -> None:
     model = small_model()
     found = topi_int8.explain(from_onnx(model), topi_int8.host_target(), show=False)
-    assert [row.name for row in found.rows] == ["/block.0/conv"]
+    assert [row.name for row in found.rows] == ["/block_0/conv"]
     model.graph.node[0].name = ""  # then its output's
-    found = topi_int8.explain(from_onnx(model), topi_int8.host_target(), show=False)
-    assert [row.name for row in found.rows] == [model.graph.node[0].output[0]]
+    assert integer_names(from_onnx(model)) == ["/block_0/conv:0"]
 
 
 def test_what_stays_float_is_named() -> None:

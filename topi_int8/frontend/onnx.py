@@ -57,7 +57,7 @@ def from_onnx(
     -------
     tvm.IRModule
         One function ``main``; its variables have the names of the model's nodes (of a node without
-        a name, its first output's).
+        a name, its first output's), dots become underscores.
 
     Raises
     ------
@@ -85,7 +85,24 @@ def from_onnx(
         opset = versions.get("", versions.get("ai.onnx", 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Renaming name", category=UserWarning)
-        return _importer()(shapes, None).from_onnx(model.graph, opset)
+        mod = _importer()(shapes, None).from_onnx(model.graph, opset)
+    mod["main"] = _with_named_output(mod["main"])
+    return mod
+
+
+def _with_named_output(func: relax.Function) -> relax.Function:
+    """Return a function whose one result has the name of the variable that it copies.
+
+    CanonicalizeBindings leaves of the two the result's variable, and that is called "gv".
+    """
+    *blocks, last = func.body.blocks
+    *bindings, final = last.bindings
+    if not (final.var.same_as(func.body.body) and isinstance(final.value, relax.Var)):
+        return func
+    named = relax.Var(final.value.name, final.var.ty)
+    block = type(last)([*bindings, relax.VarBinding(named, final.value)])
+    body = relax.SeqExpr([*blocks, block], named)
+    return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs)
 
 
 @functools.cache
