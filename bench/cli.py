@@ -14,6 +14,7 @@ from rich.table import Table
 from . import (
     arm_core,
     cli_networks,
+    cli_parity,
     cli_reports,
     compare,
     emulated,
@@ -74,7 +75,7 @@ from .run import Options, make_rivals
 from .shape_lines import SHAPES_DIR, read_shapes
 
 # Importing them registers their commands.
-__all__ = ["app", "cli_networks", "cli_reports", "main"]
+__all__ = ["app", "cli_networks", "cli_parity", "cli_reports", "main"]
 
 
 def _bench(
