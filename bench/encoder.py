@@ -1,4 +1,4 @@
-"""A small transformer encoder with a classifier, seeded, for where a network of matmuls is wanted."""
+"""A small transformer encoder with a classifier, seeded: a network of matmuls."""
 
 from __future__ import annotations
 

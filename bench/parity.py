@@ -2,8 +2,8 @@
 
 onnxruntime's static quantization writes each network in both of its forms, QDQ and QOperator; its
 own CPU kernels run the file, and so does `topi_int8.frontend.onnx` + `tvm.compile`. Beside the
-difference between the two stands what onnxruntime differs by from itself, with its optimisations and
-without: rounding that is nobody's error.
+difference between the two stands what onnxruntime differs by from itself, with its optimisations
+and without: rounding that is nobody's error.
 """
 
 from __future__ import annotations
@@ -359,11 +359,11 @@ compared, not accuracy.
 
 {machine}, `{isa}`, {date}, commit {commit}; {onnxruntime}, one core.
 
-"largest", "mean": of the differences between our outputs and onnxruntime's, in steps of the output's
-quantization (`%`: of the outputs' standard deviation, where the model's output is not quantized);
-"equal": outputs that are the same. "ORT's": the same between onnxruntime's own levels ORT_ENABLE_ALL
-and ORT_DISABLE_ALL. "int8", "not": convolutions and matmuls that run in integers here, and that do
-not. Times are minima of alternating runs, batch 1.
+"largest", "mean": of the differences between our outputs and onnxruntime's, in steps of the
+output's quantization (`%`: of the outputs' standard deviation, where the model's output is not
+quantized); "equal": outputs that are the same. "ORT's": the same between onnxruntime's own levels
+ORT_ENABLE_ALL and ORT_DISABLE_ALL. "int8", "not": convolutions and matmuls that run in integers
+here, and that do not. Times are minima of alternating runs, batch 1.
 
 """
 

@@ -141,7 +141,8 @@ def test_qlinear_matmul(dtypes: tuple[str, str]) -> None:
     rng, g = np.random.default_rng(2), Builder()
     shapes = {
         "flat": ((5, 24), (24, 10), False), "columns": ((5, 24), (24, 10), True),
-        "batch_by_one": ((2, 3, 16), (16, 7), False), "batches": ((2, 3, 4, 16), (2, 3, 16, 9), False),
+        "batch_by_one": ((2, 3, 16), (16, 7), False),
+        "batches": ((2, 3, 4, 16), (2, 3, 16, 9), False),
     }  # fmt: skip
     if dtypes != DTYPES[0]:
         shapes = {"columns": shapes["columns"]}
@@ -510,8 +511,8 @@ def test_onnxruntimes_fused_forms_of_it() -> None:
     q, s, z = dynamic_reference(x)
     value = (q.astype("int64") - z) @ (w.astype("int64") - 130)
     want = value * (np.float64(s) * w_scale) + bias
-    made = g.node("DynamicQuantizeMatMul", [g.input(x), g.constant(w), g.constant(w_scale),
-                                            g.constant(w_zero), g.constant(bias)], name="one")  # fmt: skip
+    constants = [g.constant(c) for c in (w, w_scale, w_zero, bias)]
+    made = g.node("DynamicQuantizeMatMul", [g.input(x), *constants], name="one")
     g.output(made, want.astype("float32"))
     made = g.node(
         "MatMulIntegerToFloat",
@@ -526,14 +527,15 @@ def test_onnxruntimes_fused_forms_of_it() -> None:
 # ---------------------------------------------------------------- QDQ
 
 
-@pytest.mark.parametrize("opset, domain", [(10, ""), (13, ""), (19, ""), (21, ""), (17, "com.microsoft")])
+@pytest.mark.parametrize(
+    "opset, domain", [(10, ""), (13, ""), (19, ""), (21, ""), (17, "com.microsoft")]
+)
 def test_qdq_of_every_opset_and_domain(opset: int, domain: str) -> None:
     rng, g = np.random.default_rng(14), Builder(opset)
     x, w = np.float32(rng.normal(size=(1, 4, 8, 8))), draw(rng, (6, 4, 3, 3), "int8")
-    # One value in a vector is as good as a scalar; opset 10 has no other.
-    one = (lambda v, d: np.array(v, d)) if opset == 10 else (lambda v, d: np.array([v], d))
-    one = one if domain == "" and opset < 13 else (lambda v, d: np.array(v, d))
-    scale, zero = one(0.03, "float32"), one(121, "uint8")
+    scale, zero = np.float32(0.03), np.uint8(121)
+    if opset == 21:  # a vector of one value is as good as a scalar
+        scale, zero = scale.reshape(1), zero.reshape(1)
     channels = opset >= 13
     w_scale = np.float32(rng.uniform(0.01, 0.02, 6)) if channels else np.float32(0.015)
     w_zero = np.zeros(6, "int8") if channels else np.int8(0)

@@ -4,10 +4,11 @@ With zero points A = a - za, B = b - zb (b's may be one a column), MatMulInteger
 
     (A - x) B = A B - x colsum(B),    x: the part of za that is no constant scalar,
 
-so that the product is one of 8-bit integers less constant zero points, which FuseQDQ reads, whatever
-DynamicQuantizeLinear finds at run time; a constant B's column sums are constants. The same holds for
-the other operand, and for ConvInteger with the sums of the taps that lie inside the image: ONNX pads
-with the zero point, so that a border adds nothing to ``sum(a w)`` and nothing to ``x sum(w)``.
+so that the product is one of 8-bit integers less constant zero points, which FuseQDQ reads,
+whatever DynamicQuantizeLinear finds at run time; a constant B's column sums are constants. The same
+holds for the other operand, and for ConvInteger with the sums of the taps that lie inside the
+image: ONNX pads with the zero point, so that a border adds nothing to ``sum(a w)`` and nothing to
+``x sum(w)``.
 """
 
 from __future__ import annotations
@@ -173,8 +174,9 @@ def _taps_inside(weight: np.ndarray, image: tuple[int, ...], attrs: dict) -> np.
 def dynamic_quantize(node: Node) -> list[Expr]:
     """DynamicQuantizeLinear: float32 x to uint8 y, its scale and zero point.
 
-    As the operator's specification has it, half to even; where x is nothing but zeros the scale is 1,
-    as onnxruntime's (the specification divides zero by zero).
+    As the operator's specification has it, half to even; where x is nothing but zeros the scale is
+    1, as onnxruntime's (the specification divides zero by zero; TVM's converter gives scale 0, and
+    255 for each y).
     """
     x = node.operand(0)
     zero, one = (relax.const(np.array([v], "float32")) for v in (0.0, 1.0))

@@ -1,10 +1,10 @@
 """ONNX models into Relax by TVM's own importer, with the quantized operators that it lacks.
 
-TVM's importer looks its converters up in one function of a module. Replacing that, even for the time
-of a call, would change what every other user of the process gets; so its class is derived from, and
-nothing of TVM's is touched. The derived importer asks our tables first (`_onnx_quantized`,
-`_onnx_integer`), resolves ``auto_pad`` where shapes are known, and gives the variable of each node
-the node's name, which is what `explain` prints.
+TVM's importer looks its converters up in one function of a module. Replacing that, even for the
+time of a call, would change what every other user of the process gets; so its class is derived
+from, and nothing of TVM's is touched. The derived importer asks our tables first
+(`_onnx_quantized`, `_onnx_integer`), resolves ``auto_pad`` where shapes are known, and gives the
+variable of each node the node's name, which is what `explain` prints.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _with_named_output(func: relax.Function) -> relax.Function:
 
 @functools.cache
 def _importer() -> type:
-    """Return the importer's class; TVM's, from which it derives, cannot be imported without onnx."""
+    """Return the importer's class; TVM's, its base, cannot be imported without onnx."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
     stock = onnx_frontend._get_convert_map()
