@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,10 @@ def parity_command(
     markdown: Annotated[
         Path | None, typer.Option(help="Write the table here, as docs/parity.md.")
     ] = None,
+    rows: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="An earlier --json whose rows to show, too; repeat."),
+    ] = None,
     note: Note = "",
 ) -> None:
     """Quantized ONNX files in onnxruntime and here: outputs, classes, time."""
@@ -46,6 +51,9 @@ def parity_command(
             tuple(network or parity.NETWORKS), tuple(form or parity.FORMS), image, inputs,
             calibration, min_time, rounds,
         )  # fmt: skip
+        old = [
+            row for path in rows or () for row in parity.from_document(json.loads(path.read_text()))
+        ]
         request = site.Request("", "", "", isa, target, 1, cpu_numbers(cpu))
         head, found, failed = parity.run(request, options, note, console)
     except ImportError as error:
@@ -54,7 +62,7 @@ def parity_command(
         raise fail(f"onnxruntime: {error}") from None
     except (ValueError, OSError) as error:
         raise fail(error) from None
-    about = head["options"]
+    about, found = head["options"], parity.merged(old, found)
     title = f"{head['machine']['cpu']} | {about['isa']} | {about['onnxruntime']} | 1 thread"
     console.print(parity.table(found, title))
     for one in found:

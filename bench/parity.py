@@ -166,8 +166,18 @@ def start_onnxruntime() -> Worker:
     return (replace(rival, python=lambda: sys.executable) if here else rival).start()
 
 
-def sources(name: str, options: Options) -> tuple[NetworkFiles, np.ndarray, np.ndarray]:
-    """Return (the network's files, inputs to calibrate on, inputs to compare)."""
+@dataclass(frozen=True)
+class Source:
+    """A network: its files, what it is calibrated on, and the inputs that are compared."""
+
+    name: str
+    files: NetworkFiles
+    calibration: np.ndarray
+    inputs: np.ndarray
+
+
+def source(name: str, options: Options) -> Source:
+    """Return a network by name."""
     if name == ENCODER:
         module, example = encoder.load()
         calibration = encoder.tokens(options.calibration, _CALIBRATION_SEED)
@@ -179,19 +189,22 @@ def sources(name: str, options: Options) -> tuple[NetworkFiles, np.ndarray, np.n
         )
         inputs = np.concatenate(models.unseen_images(options.inputs, options.image))
     options.folder.mkdir(parents=True, exist_ok=True)
-    return NetworkFiles(options.folder, name, module, example, [calibration]), calibration, inputs
+    files = NetworkFiles(options.folder, name, module, example, [calibration])
+    return Source(name, files, calibration, inputs)
 
 
-def quantized(files: NetworkFiles, calibration: np.ndarray, form: str, worker: Worker) -> Path:
+def quantized(source: Source, form: str, worker: Worker) -> Path:
     """Return a network's file in one of onnxruntime's quantized forms, written once."""
-    path = files.path(f".{form}{len(calibration)}.onnx")
+    files = source.files
+    path = files.path(f".{form}{len(source.calibration)}.onnx")
     if not path.exists():
-        images = files.array(".calibration.npy", calibration)
+        images = files.array(".calibration.npy", source.calibration)
         # Written under another name first: a run that is stopped leaves nothing half done.
         part = path.with_suffix(".part.onnx")
         worker.ask("quantize", source=str(files.onnx()), images=str(images), target=str(part),
                    form=form)  # fmt: skip
         part.rename(path)
+        part.with_suffix(".prepared.onnx").unlink(missing_ok=True)
     return path
 
 
@@ -229,10 +242,12 @@ def products(mod: tvm.IRModule, target: Target) -> tuple[list[str], list[str]]:
     return integer, floats + left
 
 
-def measure(name: str, form: str, options: Options, target: Target, worker: Worker) -> Parity:
+def measure(
+    source: Source, form: str, options: Options, target: Target, worker: Worker
+) -> Parity:
     """Return one network in one form, compared and timed."""
-    files, calibration, inputs = sources(name, options)
-    path = quantized(files, calibration, form, worker)
+    inputs, name = source.inputs, source.name
+    path = quantized(source, form, worker)
     theirs, plain = (outputs(worker, path, inputs, level) for level in _LEVELS)
     mod = from_onnx(path, {INPUT: (1, *inputs.shape[1:])})
     integer, other = products(mod, target)
@@ -244,7 +259,7 @@ def measure(name: str, form: str, options: Options, target: Target, worker: Work
     unit = step if step is not None else float(theirs.std()) / 100
     timings: dict[str, Any] = {}
     if options.min_time > 0:
-        data = files.array(".data.npy", inputs[:1])
+        data = source.files.array(".data.npy", inputs[:1])
         worker.ask("load", key=name, path=str(path), data=str(data), threads=1)
         samplers = {"ours": graph.sampler(inputs[:1]), "ort": worker.sampler(name)}
         timings = interleave(samplers, options.rounds, options.min_time / options.rounds)
@@ -284,9 +299,11 @@ def run(
             },
         }  # fmt: skip
         try:
+            made: Source | None = None
             for name, form in _progress(options, console):
                 try:
-                    found.append(measure(name, form, options, where.target, worker))
+                    made = made if made and made.name == name else source(name, options)
+                    found.append(measure(made, form, options, where.target, worker))
                 except Exception as error:  # said in the table; the next network may do better
                     failed.append(f"{name} {form}: {type(error).__name__}: {error}")
         finally:
@@ -341,6 +358,27 @@ def table(found: Sequence[Parity], title: str) -> Table:
     for parity in found:
         out.add_row(*cells(parity))
     return out
+
+
+def from_document(document: dict[str, Any]) -> list[Parity]:
+    """Return what a JSON file holds."""
+    return [
+        Parity(**{
+            **row, "names": tuple(row["names"]), "ours": Difference(**row["ours"]),
+            "theirs": Difference(**row["theirs"]),
+        })
+        for row in document["networks"]
+    ]  # fmt: skip
+
+
+def merged(old: Sequence[Parity], new: Sequence[Parity]) -> list[Parity]:
+    """Return the rows of both, the new ones for those, in the order of `NETWORKS` and `FORMS`."""
+    rows = {(parity.network, parity.form): parity for parity in (*old, *new)}
+    order = {name: i for i, name in enumerate(NETWORKS)}
+    return sorted(
+        rows.values(),
+        key=lambda p: (order.get(p.network, len(order)), p.network, FORMS.index(p.form)),
+    )
 
 
 def to_document(found: Sequence[Parity], head: dict[str, Any]) -> dict[str, Any]:
