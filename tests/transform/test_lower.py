@@ -56,28 +56,6 @@ def lower(mod: tvm.IRModule, target: tvm.target.Target = AVX2) -> tvm.IRModule:
     return new
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8"])
-def test_quantize_by_scales_found_at_run_time_and_by_channels(dtype: str) -> None:
-    def build(emit: Any, x: Any, scale: Any, zero_point: Any) -> Any:
-        scales, zeros = relax.const(np.float32([1, 0.5])), relax.const(np.array([3, 100], dtype))
-        return relax.Tuple([
-            emit(relax.op.quantize(x, scale, zero_point, axis=0, out_dtype=dtype)),
-            emit(relax.op.quantize(x, scales, zeros, axis=0, out_dtype=dtype)),
-        ])  # fmt: skip
-
-    x = np.float32([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 400, -400]] * 2)
-    mod = lower(module(build, ((2, 8), "float32"), ((), "float32"), ((), dtype)))
-    assert "relax.quantize" not in interpret.count(mod)
-    mod = relax.transform.LegalizeOps()(mod)
-    machine = relax.VirtualMachine(tvm.compile(mod, AVX2), tvm.cpu())
-    inputs = x, np.float32(1), np.array(7, dtype)
-    one, each = machine["main"](*(tvm.runtime.tensor(np.asarray(i)) for i in inputs))
-    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-    np.testing.assert_array_equal(one.numpy(), np.clip(np.rint(x) + 7, low, high))
-    scale, zero = np.float32([[1], [0.5]]), np.array([[3], [100]])
-    np.testing.assert_array_equal(each.numpy(), np.clip(np.rint(x / scale) + zero, low, high))
-
-
 def functions(mod: tvm.IRModule, contains: str = "") -> dict[str, tvm.tirx.PrimFunc]:
     """Return the PrimFuncs whose name holds a text."""
     return {

@@ -37,21 +37,6 @@ def quantize(data: Any, scale: float, zero_point: int, dtype: str) -> Any:
     return te.compute(data.shape, value, name="quantize")
 
 
-def quantize_by(data: Any, scale: Any, zero_point: Any, axis: int, dtype: str) -> Any:
-    """Return `quantize` by tensors: of one value, or of a vector along an axis of the data."""
-    low, high = DTYPE_RANGE[dtype]
-
-    def at(tensor: Any, i: tuple) -> Any:
-        single = all(getattr(dim, "value", dim) == 1 for dim in tensor.shape)
-        return tensor[(0,) * len(tensor.shape)] if single else tensor[i[axis]]
-
-    def value(*i: Any) -> Any:
-        point = at(zero_point, i).astype("int32")
-        return quantize_value(data[i] / f32(at(scale, i)), point, low, high, dtype)
-
-    return te.compute(data.shape, value, name="quantize")
-
-
 def add(a: Any, b: Any, attrs: dict[str, Any]) -> Any:
     """Return the quantized sum of two tensors of one shape (`op.add`)."""
 

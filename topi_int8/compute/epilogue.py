@@ -10,7 +10,6 @@ the magnitude.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from tvm import te
@@ -34,20 +33,16 @@ def f32(value: Any) -> Any:
     return cast(value, "float32")
 
 
-def quantize_value(value: Any, zero_point: Any, low: float, high: float, dtype: str) -> Any:
+def quantize_value(value: Any, zero_point: int, low: float, high: float, dtype: str) -> Any:
     """Return ``clip(rint(value) + zero_point, low, high)`` as `dtype`, for a float32 expression.
 
-    `low` and `high` are integers inside the range of an 8-bit `dtype`; `zero_point` is one, or an
-    int32 expression of one.
+    `low` and `high` are integers inside the range of an 8-bit `dtype`.
     """
-    known = isinstance(zero_point, Integral)
-    value = tir.max(value, f32(float(low - zero_point) if known else low - zero_point))
-    value = tir.min(value, f32(float(high - zero_point) if known else high - zero_point))
+    value = tir.max(value, f32(float(low - zero_point)))
+    value = tir.min(value, f32(float(high - zero_point)))
     value = value + f32(ROUND)
     bits = tir.reinterpret(dtype_of(value).replace("float32", "int32"), value)
-    if not known:
-        bits = bits + (zero_point - tir.const(ROUND_BITS, "int32"))
-    elif zero_point:
+    if zero_point:
         bits = bits + tir.const(zero_point - ROUND_BITS, "int32")
     return cast(bits, dtype)
 
