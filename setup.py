@@ -45,6 +45,8 @@ setup(
             *RPC,
             "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff",
             "scikit-learn", "tflite", "typer",
+            # What quantized ONNX models are compared with; its quantization does not name sympy.
+            "onnxruntime==1.32.0", "sympy",
         ],
     },
 )

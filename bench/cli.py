@@ -15,6 +15,7 @@ from . import (
     arm_core,
     cli_accuracy,
     cli_networks,
+    cli_parity,
     cli_reports,
     compare,
     emulated,
@@ -75,7 +76,7 @@ from .run import Options, make_rivals
 from .shape_lines import SHAPES_DIR, read_shapes
 
 # Importing them registers their commands.
-__all__ = ["app", "cli_accuracy", "cli_networks", "cli_reports", "main"]
+__all__ = ["app", "cli_accuracy", "cli_networks", "cli_parity", "cli_reports", "main"]
 
 
 def _bench(

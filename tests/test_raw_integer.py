@@ -283,6 +283,50 @@ def test_matmul_of_broadcast_batches_is_left_to_tvm_and_right() -> None:
     check_matmuls(shapes, ("uint8", "int8"), False, count=0)
 
 
+# ---- less a zero point, in int32: as ConvInteger and MatMulInteger are imported
+
+
+def test_operands_less_zero_points() -> None:
+    rng = np.random.default_rng(6)
+    image, kernel = rng.integers(0, 256, (1, 5, 7, 6)), rng.integers(-128, 128, (4, 5, 3, 3))
+    rows, columns = rng.integers(-128, 128, (3, 12)), rng.integers(0, 256, (12, 8))
+    operands = [
+        (image.astype("uint8"), 200), (kernel.astype("int8"), 0), (rows.astype("int8"), -9),
+        (columns.astype("uint8"), 131),
+    ]  # fmt: skip
+    bb = relax.BlockBuilder()
+    params = [
+        relax.Var(f"p{i}", relax.TensorType(operands[i][0].shape, str(operands[i][0].dtype)))
+        for i in (0, 2)
+    ]
+    given = [params[0], relax.const(operands[1][0]), params[1], relax.const(operands[3][0])]
+    with bb.function("main", params):
+        with bb.dataflow():
+            wide = [bb.emit(relax.op.astype(each, "int32")) for each in given]
+            less = [
+                bb.emit(relax.op.subtract(each, relax.const(zero, "int32"))) if zero else each
+                for each, (_, zero) in zip(wide, operands, strict=True)
+            ]
+            conv = bb.emit(relax.op.nn.conv2d(less[0], less[1], padding=(1, 0, 2, 1)))
+            product = bb.emit(relax.op.matmul(less[2], less[3], out_dtype="int32"))
+            # A zero point that no 8-bit integer is: TVM's own int32 product, and right.
+            beyond = bb.emit(relax.op.subtract(wide[2], relax.const(300, "int32")))
+            other = bb.emit(relax.op.matmul(beyond, less[3], out_dtype="int32"))
+            out = bb.emit_output(relax.Tuple([conv, product, other]))
+        bb.emit_func_output(out)
+    mod, target = bb.get(), target_of("host")
+    assert ours(mod, target, "conv2d") == 1 and ours(mod, target, "matmul") == 1
+    padded = np.pad(image - 200, ((0, 0), (0, 0), (1, 2), (0, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    want = [
+        np.einsum("nchwij,ocij->nohw", windows, kernel), (rows + 9) @ (columns - 131),
+        (rows - 300) @ (columns - 131),
+    ]  # fmt: skip
+    for got, value in zip(run(mod, target, operands[0][0], operands[2][0]), want, strict=True):
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, value)
+
+
 # ---- packed layouts that no kernel reads
 
 

@@ -19,6 +19,7 @@ from . import op
 from .explanation import Explanation, LibraryCounts, Other, Row, count_sources
 from .target import features
 from .transform._elementwise import is_pointwise
+from .transform._qdq_graph import Graph
 from .transform.fuse_elementwise import declined
 from .transform.lower import Lower, decide
 from .transform.pipeline import integer_passes
@@ -27,6 +28,7 @@ from .transform.schedule_rest import ScheduleRest, unscheduled
 __all__ = ["Explanation", "LibraryCounts", "Other", "Row", "explain", "library_counts"]
 
 _PLAIN = "plain schedule: vectorised, parallel"
+_NAMES = 8  # of operators in a note
 # What it means for these to be left to TVM, where that is not just "scheduled plainly".
 _SLOW = {
     "relax.nn.conv2d": "SLOW: no strategy of ours; symbolic shape or an unsupported type or layout",
@@ -83,6 +85,7 @@ def explain(
         mod = tvm.transform.Sequential(integer_passes(target, layout))(mod)
         rows: list[Row] = []
         others: Counter = Counter()
+        slow: dict[str, list[str]] = {name: [] for name in _SLOW}
         floats = Counter(declined(mod))
 
         def visit(call: Any) -> None:
@@ -93,6 +96,8 @@ def explain(
                 others[name] += 1
                 if _is_float(call) and not is_pointwise(call) and name not in _SLOW:
                     floats[name, _FLOAT.get(name, _FLOAT_ELSE)] += 1
+                if name in slow:
+                    slow[name].append(names.get(call, f"op{others[name]}"))
                 return
             attrs, decision = op.attrs_of(call), decide(call, feats)
             rows.append(
@@ -105,6 +110,7 @@ def explain(
 
         for _, func in mod.functions_items():
             if isinstance(func, relax.Function):
+                names = {value: var.name for var, value in Graph(func).value_of.items()}
                 relax.analysis.post_order_visit(func, visit)
         for (name, _), count in floats.items():
             others[name] -= count
@@ -119,7 +125,7 @@ def explain(
             ]
         )(mod)
     shuffle = byte_lookup.best(feats.arch, feats.llvm)
-    notes = _SLOW | {
+    notes = {name: f"{_SLOW[name]}: {_listed(calls)}" for name, calls in slow.items()} | {
         "topi_int8.lookup": f"table of 256: {shuffle.name if shuffle else 'a load a byte'}",
         "topi_int8.concat": "vectors moved from block to block",
     }
@@ -141,6 +147,12 @@ def explain(
     if show:
         explanation.show()
     return explanation
+
+
+def _listed(names: list[str]) -> str:
+    """Return some names, and how many more there are."""
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more
 
 
 def library_counts(executable: Any) -> LibraryCounts:

@@ -94,8 +94,10 @@ class OnnxRuntime:
         self._onnxruntime = onnxruntime
         self.version = f"onnxruntime {onnxruntime.__version__}"
 
-    def quantize(self, source: Path, images: np.ndarray, target: Path) -> None:
-        """See `Engine`."""
+    def quantize(
+        self, source: Path, images: np.ndarray, target: Path, form: str = "QDQ"
+    ) -> None:
+        """See `Engine`; `form` is onnxruntime's QuantFormat, QDQ or QOperator."""
         from onnxruntime import quantization
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -110,11 +112,25 @@ class OnnxRuntime:
         prepared = target.with_suffix(".prepared.onnx")
         quant_pre_process(source, prepared)
         quantization.quantize_static(
-            prepared, target, Images(), quant_format=quantization.QuantFormat.QDQ,
+            prepared, target, Images(), quant_format=quantization.QuantFormat[form],
             per_channel=True, activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=quantization.CalibrationMethod.MinMax,
         )  # fmt: skip
+
+    def outputs(self, path: Path, inputs: np.ndarray, level: str) -> np.ndarray:
+        """Return the network's outputs for inputs one by one, at an optimisation level of
+        onnxruntime's, as ORT_DISABLE_ALL.
+        """
+        options = self._onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.graph_optimization_level = getattr(
+            self._onnxruntime.GraphOptimizationLevel, level
+        )
+        session = self._onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        return np.concatenate([session.run(None, {INPUT: x[None]})[0] for x in inputs])
 
     def load(self, path: Path, data: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
         """See `Engine`."""
@@ -194,10 +210,15 @@ class Handler:
             self._engine = self._make()
         return self._engine.version
 
-    def quantize(self, source: str, images: str, target: str) -> None:
-        """Write a network's int8 form; `images` is an .npy file."""
+    def quantize(self, source: str, images: str, target: str, **options: Any) -> None:
+        """Write a network's int8 form; `images` is an .npy file, options are the engine's own."""
         self.version()
-        self._engine.quantize(Path(source), np.load(images), Path(target))
+        self._engine.quantize(Path(source), np.load(images), Path(target), **options)
+
+    def outputs(self, path: str, data: str, target: str, level: str) -> None:
+        """Write onnxruntime's outputs, an .npy file, for an .npy file of inputs."""
+        self.version()
+        np.save(target, self._engine.outputs(Path(path), np.load(data), level))
 
     def load(self, key: str, path: str, data: str, threads: int) -> list[list[float]]:
         """Load a network for an .npy file of input, run it once, and return its logits."""

@@ -158,7 +158,8 @@ class NetworkFiles:
         self._stem = folder / f"{name}-{image}"
         self._module, self._example, self._calibration = module, example, calibration
 
-    def _path(self, ending: str) -> Path:
+    def path(self, ending: str) -> Path:
+        """Return the path of one of its files."""
         # Not with_suffix: names of networks have dots.
         return self._stem.with_name(self._stem.name + ending)
 
@@ -166,7 +167,7 @@ class NetworkFiles:
         """Return the float32 network in ONNX; its batch is symbolic."""
         import torch
 
-        path = self._path(".fp32.onnx")
+        path = self.path(".fp32.onnx")
         if not path.exists():
             with warnings.catch_warnings():
                 # That the TorchScript exporter is the old one; the new one writes another opset.
@@ -182,14 +183,14 @@ class NetworkFiles:
         """Return the module, pickled."""
         import torch
 
-        path = self._path(".pt")
+        path = self.path(".pt")
         if not path.exists():
             torch.save(self._module, path)
         return path
 
     def array(self, ending: str, array: np.ndarray) -> Path:
         """Return a file of an array."""
-        path = self._path(ending)
+        path = self.path(ending)
         np.save(path, array)
         return path
 
@@ -203,7 +204,7 @@ class NetworkFiles:
         """
         if not rival.int8:
             return self.torch()
-        path = self._path(f".{rival.name}{rival.suffix}")
+        path = self.path(f".{rival.name}{rival.suffix}")
         if not path.exists():
             images = self.array(".calibration.npy", np.concatenate(self._calibration))
             worker.ask(

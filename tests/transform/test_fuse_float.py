@@ -112,3 +112,20 @@ def test_operators_of_tuples_are_left() -> None:
         return relax.op.concat([emit(NN.conv2d(left, _const(4, 3, 1, 1))), right], 1)
 
     _check(_module(build, (1, 6, 4, 4)), {"split": 1, "topi_int8.conv2d": 1, "concat": 1})
+
+
+def test_integer_weights_of_float_data_are_dequantized_once() -> None:
+    scale = relax.const(np.float32([0.5, 0.25, 2, 1]))
+    zeros = relax.const(np.int8([1, 0, -3, 0]))
+
+    def weight(emit, shape: tuple, axis: int):
+        q = relax.const(RNG.integers(-128, 128, shape).astype("int8"))
+        return emit(relax.op.dequantize(q, scale, zeros, axis=axis, out_dtype="float32"))
+
+    def build(emit, data):
+        y = emit(NN.conv2d(data, weight(emit, (4, 3, 3, 3), 0)))
+        y = emit(relax.op.reshape(y, (4, 4)))
+        return relax.op.matmul(y, weight(emit, (4, 4), 1))
+
+    expected = {"topi_int8.conv2d": 1, "topi_int8.matmul": 1, "reshape": 1}
+    _check(_module(build, (1, 3, 4, 4)), expected)

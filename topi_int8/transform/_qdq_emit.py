@@ -37,9 +37,15 @@ def _along(vector: np.ndarray, rank: int, axis: int) -> np.ndarray:
 
 def dequantized(view: View) -> np.ndarray:
     """Return the real values of a constant view, its clip not applied."""
-    q = view.array
-    scale = _along(view.scale, q.ndim, view.axis or 0)
-    return (q.astype("int64") - view.zero_point).astype("float32") * scale
+    return dequantized_array(view.array, view.scale, np.asarray(view.zero_point), view.axis or 0)
+
+
+def dequantized_array(
+    q: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int
+) -> np.ndarray:
+    """Return integers dequantized to float32, per tensor or along an axis."""
+    scale, zero_point = (_along(vector, q.ndim, axis) for vector in (scale, zero_point))
+    return (q.astype("int64") - zero_point).astype("float32") * scale
 
 
 def quantized(

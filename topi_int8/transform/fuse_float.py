@@ -15,7 +15,7 @@ from .. import op
 from ..layout import Layout
 from ..op import op_name, static_shape
 from ._qdq_chain import Chain, ChainBook, conv2d_attrs
-from ._qdq_emit import constant, is_static
+from ._qdq_emit import constant, dequantized_array, is_static
 from ._qdq_graph import Graph, rewrite_functions
 from ._qdq_values import KernelLayout, fold_move, folds
 
@@ -55,6 +55,12 @@ class _FloatRules:
             return self.book.extend_by_constant(var, value)
         elif name in _CLIPS:
             return self.book.extend_by_clip(var, value)
+        elif name == "relax.dequantize":
+            # Of integer weights whose data is float: TVM would dequantize them at each run.
+            q, scale, zero_point = (self.graph.array(arg) for arg in value.args)
+            if q is not None and scale is not None and zero_point is not None:
+                axis = int(value.attrs.axis)
+                self.graph.set_array(var, lambda: dequantized_array(q, scale, zero_point, axis))
         elif folds(value) and self.graph.is_constant(value.args[0]):
             shape = op.shape_of(value)
             self.graph.set_array(

@@ -92,12 +92,16 @@ class QDQRules:
         self.graph = graph
         self.book = ChainBook(graph)
         self._views: dict[relax.Var, View] = {}
+        # int32 tensors that are 8-bit ones less a zero point: scale 1.
+        self._widened: dict[relax.Var, View] = {}
         self._forward: dict[str, Callable[[relax.Var, relax.Call], relax.Expr | None]] = {
             "relax.dequantize": self._dequantize,
             "relax.quantize": self._quantize,
             "relax.nn.conv2d": self._conv2d,
             "relax.matmul": self._matmul,
             "relax.add": self._add,
+            "relax.astype": self._widen,
+            "relax.subtract": self._shift,
             **dict.fromkeys(_CLIPS, self._clip),
             **dict.fromkeys(_MOVES, self._move),
         }
@@ -129,8 +133,9 @@ class QDQRules:
     def _alias(self, var: relax.Var, source: relax.Var) -> None:
         if self.graph.is_constant(source):
             self.graph.set_array(var, lambda: self.graph.array(source))
-        if source in self._views:
-            self._views[var] = self._views[source]
+        for views in (self._views, self._widened):
+            if source in views:
+                views[var] = views[source]
 
     # ------------------------------------------------------------ views
 
@@ -154,6 +159,24 @@ class QDQRules:
             if view.array is not None:
                 self.graph.set_array(var, lambda: dequantized(view))
         return None
+
+    def _widen(self, var: relax.Var, call: relax.Call) -> None:
+        source = call.args[0]
+        if self.graph.is_constant(source) and folds(call):
+            self.graph.set_array(var, self._folded_move(call))
+        view = self._raw_view(source) if str(source.ty.dtype) in INT8_DTYPES else None
+        if view is not None and str(call.attrs.dtype) == "int32":
+            self._widened[var] = view
+
+    def _shift(self, var: relax.Var, call: relax.Call) -> None:
+        source, other = call.args
+        view = self._widened.get(source) if isinstance(source, relax.Var) else None
+        zero_point = scalar(self.graph.array(other)) if view is not None else None
+        if view is None or zero_point is None or static_shape(call) != static_shape(source):
+            return
+        low, high = DTYPE_RANGE[view.dtype]
+        if low <= view.zero_point + zero_point <= high:
+            self._widened[var] = replace(view, zero_point=view.zero_point + int(zero_point))
 
     def _constant_or_new(self, expr: relax.Expr) -> relax.Expr:
         if isinstance(expr, relax.Var) and self.graph.is_constant(expr):
@@ -341,15 +364,15 @@ class QDQRules:
     def _operands(self, call: relax.Call) -> tuple[tuple[relax.Expr, QParams], View] | None:
         """Return (data with its parameters, weight view) of a convolution or matmul.
 
-        A raw integer operator's operands are seen as views of scale 1.
+        A raw integer operator's operands are seen as views of scale 1: 8-bit tensors, or what such
+        tensors are in int32, less a zero point.
         """
         data, weight = call.args
         if str(call.ty.dtype) == "int32":
-            dtypes = [str(arg.ty.dtype) for arg in (data, weight)]
-            if any(dtype not in INT8_DTYPES for dtype in dtypes):
+            raw, raw_weight = self._raw_view(data), self._raw_view(weight)
+            if raw is None or raw_weight is None:
                 return None
-            raw = QParams(1.0, 0, dtypes[0])
-            return (self.graph.new(data), raw), self._raw_view(weight)
+            return (raw.expr, raw.per_tensor), raw_weight
         integers, view = self._integers(data), self._view(weight)
         if integers is None or view is None or view.dtype not in INT8_DTYPES:
             return None
@@ -360,7 +383,11 @@ class QDQRules:
             view = replace(view, expr=done[0], bounds=NO_BOUNDS)
         return integers, view
 
-    def _raw_view(self, expr: relax.Expr) -> View:
+    def _raw_view(self, expr: relax.Expr) -> View | None:
+        if isinstance(expr, relax.Var) and expr in self._widened:
+            return self._widened[expr]
+        if str(expr.ty.dtype) not in INT8_DTYPES:
+            return None
         one = np.asarray(1.0, "float32")
         return View(self._constant_or_new(expr), one, 0, str(expr.ty.dtype))
 
