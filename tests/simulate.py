@@ -214,6 +214,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "relax.subtract": _elementwise(torch.sub),
     "relax.multiply": _elementwise(torch.mul),
     "relax.divide": _elementwise(torch.div),
+    "relax.maximum": _elementwise(torch.maximum),
+    "relax.minimum": _elementwise(torch.minimum),
     "relax.zeros_like": _elementwise(torch.zeros_like),
     "relax.reshape": lambda _call, x, shape: x.reshape(shape),
     "relax.flatten": lambda _call, x: x.reshape(-1),

@@ -15,6 +15,7 @@ from .convert_layout import ConvertLayout
 from .detach_weights import DetachWeights
 from .fold_batch_norm import FoldBatchNorm
 from .fuse_concat import FuseConcat
+from .fuse_dynamic import FuseDynamic
 from .fuse_elementwise import FuseElementwise
 from .fuse_float import FuseFloat
 from .fuse_qdq import FuseQDQ
@@ -28,8 +29,8 @@ from .split_batch import SplitBatch
 def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.Pass]:
     """Return the passes from a user's graph to topi_int8 operators in the kernels' layouts."""
     return [
-        FoldBatchNorm(), SignActivations(target), FuseElementwise(), FuseQDQ(), FuseFloat(),
-        ConvertLayout(target, layout), FuseConcat(),
+        FoldBatchNorm(), SignActivations(target), FuseElementwise(), FuseDynamic(), FuseQDQ(),
+        FuseFloat(), ConvertLayout(target, layout), FuseConcat(),
     ]  # fmt: skip
 
 
