@@ -131,6 +131,8 @@ class _Converter:
         self._parameters = parameters
         # A tensor is often quantized once for each of its readers: one of them is enough.
         self._made: dict[tuple, relax.Expr] = {}
+        # What choose_qparams gave as float64 and int64, as the scalars that quantize takes.
+        self._chosen: dict[relax.Expr, relax.Expr] = {}
 
     # ------------------------------------------------------------ quantize, dequantize
 
@@ -185,11 +187,15 @@ class _Converter:
             return axis, relax.const(scales), relax.const(zero_points)
         emit = importer.block_builder.emit
         shape = (-1,) if per_channel else ()
-        scale, zero_point = (
-            emit(relax.op.reshape(emit(relax.op.astype(importer.env[value], to)), shape))
-            for value, to in ((scale, "float32"), (zero_point, dtype))
-        )
-        return axis, scale, zero_point
+
+        def computed(value: torch.fx.Node, to: str) -> relax.Expr:
+            expr = importer.env[value]
+            chosen = self._chosen.get(expr)
+            if chosen is not None and str(chosen.ty.dtype) == to:
+                return chosen
+            return emit(relax.op.reshape(emit(relax.op.astype(expr, to)), shape))
+
+        return axis, computed(scale, "float32"), computed(zero_point, dtype)
 
     def _evaluated(self, node: torch.fx.Node, args: dict[str, Any]) -> np.ndarray | None:
         """Return what torch makes of an operator whose tensors are all parameters, else None."""
@@ -238,23 +244,24 @@ class _Converter:
         most = emit(relax.op.maximum(emit(relax.op.max(data)), zero))
         if symmetric:
             most = emit(relax.op.maximum(emit(relax.op.negative(least)), most))
-            steps = relax.const((high - low) / 2, "float32")
-            scale = emit(relax.op.divide(most, steps))
+            half = relax.const((high - low) / 2, "float32")
+            scale = emit(relax.op.divide(most, half))
         else:
             width = emit(relax.op.subtract(most, least))
             scale = emit(relax.op.divide(width, relax.const(float(high - low), "float32")))
         scale = emit(relax.op.maximum(scale, eps))
         if symmetric:
-            zero_point = relax.const([_SYMMETRIC_ZERO_POINT[to.dtype]], "int64")
+            zero_point = emit(relax.const(_SYMMETRIC_ZERO_POINT[to.dtype], to.dtype))
         else:
             # low - rint(least / scale), which is never outside the range.
-            zero_point = relax.op.quantize(
+            zero_point = emit(relax.op.quantize(
                 emit(relax.op.negative(least)), scale, relax.const(low, to.dtype), -1, to.dtype
-            )
-            zero_point = emit(relax.op.astype(emit(zero_point), "int64"))
-            zero_point = emit(relax.op.reshape(zero_point, (1,)))
-        scale = emit(relax.op.astype(scale, "float64"))
-        return emit(relax.op.reshape(scale, (1,))), zero_point
+            ))  # fmt: skip
+        wide = []
+        for chosen, dtype in ((scale, "float64"), (zero_point, "int64")):
+            wide.append(emit(relax.op.reshape(emit(relax.op.astype(chosen, dtype)), (1,))))
+            self._chosen[wide[-1]] = chosen
+        return tuple(wide)
 
     def convert_element_type(self, node: torch.fx.Node, importer: Any) -> relax.Expr:
         """Convert convert_element_type: a cast that no quantizer's pattern may pass."""

@@ -142,10 +142,11 @@ def _refuse_training(program: torch.export.ExportedProgram) -> None:
 def _is_traced(module: torch.nn.Module) -> bool:
     """Whether a module is a graph of operators, whose mode was settled when it was made.
 
-    What torch.export and PT2E give cannot be set to evaluation mode.
+    What torch.export and PT2E give cannot be set to evaluation mode. The one module that it calls
+    checks its inputs.
     """
     import torch
 
     return isinstance(module, torch.fx.GraphModule) and all(
-        node.op != "call_module" for node in module.graph.nodes
+        node.op != "call_module" or node.target == "_guards_fn" for node in module.graph.nodes
     )
