@@ -152,6 +152,12 @@ def _dequantize(
     return centred.to(torch.float32) * _along(scale, data, axis)
 
 
+def _layer_norm(call: relax.Call, data: torch.Tensor, *affine: torch.Tensor) -> torch.Tensor:
+    a = call.attrs
+    assert _ints(a.axes) in ([-1], [data.ndim - 1]), "simulate: layer_norm of the last axis only"
+    return F.layer_norm(data, data.shape[-1:], *affine, eps=float(a.epsilon))
+
+
 def _clip(_call: relax.Call, data: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return data.clamp(low, high)
 
@@ -197,6 +203,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "relax.nn.conv2d": _conv2d,
     "relax.matmul": _elementwise(torch.matmul),
     "relax.nn.batch_norm": _batch_norm,
+    "relax.nn.layer_norm": _layer_norm,
     "relax.nn.max_pool2d": _max_pool2d,
     "relax.nn.avg_pool2d": _avg_pool2d,
     "relax.nn.adaptive_avg_pool2d": lambda call, x: F.adaptive_avg_pool2d(
@@ -214,6 +221,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "relax.subtract": _elementwise(torch.sub),
     "relax.multiply": _elementwise(torch.mul),
     "relax.divide": _elementwise(torch.div),
+    "relax.maximum": _elementwise(torch.maximum),
+    "relax.minimum": _elementwise(torch.minimum),
     "relax.zeros_like": _elementwise(torch.zeros_like),
     "relax.reshape": lambda _call, x, shape: x.reshape(shape),
     "relax.flatten": lambda _call, x: x.reshape(-1),

@@ -37,6 +37,25 @@ def quantize(data: Any, scale: float, zero_point: int, dtype: str) -> Any:
     return te.compute(data.shape, value, name="quantize")
 
 
+def quantize_along(data: Any, scale: Any, zero_point: Any, axis: int, dtype: str) -> Any:
+    """Return `quantize` by tensors: of one element, or of one an index of an axis of the data."""
+    low, high = DTYPE_RANGE[dtype]
+
+    def value(*i: Any) -> Any:
+        at = i[axis] if i else 0
+        by, offset = (_of_axis(tensor, at) for tensor in (scale, zero_point))
+        steps = tir.nearbyint(data[i] / by) + f32(offset)
+        return clip_value(steps, low, high, "float32").astype(dtype)
+
+    return te.compute(data.shape, value, name="quantize")
+
+
+def _of_axis(tensor: Any, at: Any) -> Any:
+    """Return a vector's element, or the only one of a tensor of any rank."""
+    single = all(isinstance(dim, tir.IntImm) and int(dim) == 1 for dim in tensor.shape)
+    return tensor[(0,) * len(tensor.shape)] if single else tensor[at]
+
+
 def add(a: Any, b: Any, attrs: dict[str, Any]) -> Any:
     """Return the quantized sum of two tensors of one shape (`op.add`)."""
 

@@ -294,7 +294,7 @@ class _Lowering(PyExprMutator):
         return relax.call_tir(func, [*parts, *vectors], out_ty=call.ty)
 
     def quantize(self, call: relax.Call) -> Any:
-        """Lower ``relax.quantize`` by scalars, half to even; return other calls as they are.
+        """Lower ``relax.quantize`` of float32 to 8 bits, half to even; return other calls as is.
 
         TVM's own legalization rounds half away from zero.
         """
@@ -302,13 +302,19 @@ class _Lowering(PyExprMutator):
             return call
         params = [a.value.numpy() for a in call.args[1:] if isinstance(a, GenericConst)]
         dtype, source = str(call.attrs.out_dtype), str(call.args[0].ty.dtype)
-        scalar = len(params) == 2 and all(p.size == 1 for p in params)
-        if not scalar or source != "float32" or dtype not in INT8_DTYPES:
+        if source != "float32" or dtype not in INT8_DTYPES:
             return call
-        scale, zero_point = params[0].item(), int(params[1].item())
+        if len(params) == 2 and all(p.size == 1 for p in params):
+            scale, zero_point = params[0].item(), int(params[1].item())
+            return self.builder_.call_te(
+                lambda x: elementwise.quantize(x, scale, zero_point, dtype),
+                call.args[0],
+                primfunc_name_hint="quantize",
+            )
+        axis = int(call.attrs.axis)
         return self.builder_.call_te(
-            lambda x: elementwise.quantize(x, scale, zero_point, dtype),
-            call.args[0],
+            lambda *tensors: elementwise.quantize_along(*tensors, axis, dtype),
+            *call.args,
             primfunc_name_hint="quantize",
         )
 

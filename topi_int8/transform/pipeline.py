@@ -16,6 +16,7 @@ from .detach_weights import DetachWeights
 from .fold_batch_norm import FoldBatchNorm
 from .fold_pad import FoldPad
 from .fuse_concat import FuseConcat
+from .fuse_dynamic import FuseDynamic
 from .fuse_elementwise import FuseElementwise
 from .fuse_float import FuseFloat
 from .fuse_qdq import FuseQDQ
@@ -29,8 +30,8 @@ from .split_batch import SplitBatch
 def integer_passes(target: Target, layout: str = "NCHWc") -> list[tvm.transform.Pass]:
     """Return the passes from a user's graph to topi_int8 operators in the kernels' layouts."""
     return [
-        FoldBatchNorm(), SignActivations(target), FuseElementwise(), FuseQDQ(), FuseFloat(),
-        FoldPad(), ConvertLayout(target, layout), FuseConcat(),
+        FoldBatchNorm(), SignActivations(target), FuseElementwise(), FuseDynamic(), FuseQDQ(),
+        FuseFloat(), FoldPad(), ConvertLayout(target, layout), FuseConcat(),
     ]  # fmt: skip
 
 
