@@ -2,44 +2,49 @@
 
 Importing it registers the tensor intrinsics and makes TVM's own compile use the strategies of this
 package for LLVM CPU targets: ``tvm.compile`` where TVM has Relax, ``relay.build`` where it has
-Relay (0.17 to 0.19). `disable` and `disabled` switch that off.
+Relay (0.17 to 0.19). `disable` and `disabled` switch that off. Where only TVM's runtime is there
+(``TVM_USE_RUNTIME_LIB=1``), it is `load` alone.
 """
 
 from . import _requirements
 
-_requirements.check()  # before anything imports tvm: a wrong pair would crash later, without a word
+_PAIR = _requirements.check()  # before anything imports tvm: a wrong pair would crash later
 
-from intrinsics.compat import IS_RELAX  # noqa: E402
+import tvm  # noqa: E402
 
-from . import target  # noqa: E402
 from ._version import __version__  # noqa: E402
-from .target import features, host_target  # noqa: E402
 
-__all__ = [
-    "__version__",
-    "disable",
-    "disabled",
-    "enable",
-    "explain",
-    "features",
-    "host_target",
-    "is_enabled",
-    "library_counts",
-    "target",
-]
+__all__ = ["__version__"]
 
-if IS_RELAX:
-    from .explain import explain, library_counts
-    from .export import export
-    from .override import disable, disabled, enable, is_enabled
-    from .quantize import quantize
-    from .transform.pipeline import pipeline
+if _PAIR.ffi is not None and tvm._RUNTIME_ONLY:
+    from .artifact import load
 
-    __all__ += ["export", "pipeline", "quantize"]
+    __all__ += ["load"]
 else:
-    from . import relay
-    from .relay import disable, disabled, enable, explain, is_enabled, library_counts
+    from intrinsics.compat import IS_RELAX
 
-    __all__ += ["relay"]
+    from . import target
+    from .target import features, host_target
 
-enable()
+    if IS_RELAX:
+        from .artifact import load
+        from .explain import explain, library_counts
+        from .export import export
+        from .override import disable, disabled, enable, is_enabled
+        from .quantize import quantize
+        from .save import save
+        from .transform.pipeline import pipeline
+
+        __all__ += ["export", "load", "pipeline", "quantize", "save"]
+    else:
+        from . import relay
+        from .relay import disable, disabled, enable, explain, is_enabled, library_counts
+
+        __all__ += ["relay"]
+
+    __all__ += [
+        "disable", "disabled", "enable", "explain", "features", "host_target", "is_enabled",
+        "library_counts", "target",
+    ]  # fmt: skip
+
+    enable()
