@@ -52,7 +52,7 @@ def onnx_values(
 
     inferred = onnx.shape_inference.infer_shapes(model).graph
     floats = {
-        info.name for info in (*inferred.input, *inferred.value_info, *inferred.output)
+        info.name: info for info in (*inferred.input, *inferred.value_info, *inferred.output)
         if info.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     }  # fmt: skip
     parameters = {tensor.name for tensor in model.graph.initializer}
@@ -66,22 +66,21 @@ def onnx_values(
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     del exposed.graph.output[:]
-    exposed.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
-    )
-    for item in inputs:
-        results = run(import_onnx(exposed, shapes), item)
-        for name, value in zip(names, results, strict=True):
-            found.setdefault(name, []).append(value)
-    return found
+    exposed.graph.output.extend(floats[name] for name in names)
+    results = run(import_onnx(exposed, shapes), inputs)
+    return found | dict(zip(names, zip(*results, strict=True), strict=True))
 
 
-def run(mod: tvm.IRModule, item: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the results of a module on one input, on this machine."""
+def run(mod: tvm.IRModule, inputs: Iterable[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Return the results of a module for each input, on this machine."""
     executable = tvm.compile(mod, host_target())
     main = relax.VirtualMachine(executable, tvm.cpu())["main"]
-    result = main(*map(tvm.runtime.tensor, item))
-    return [part.numpy() for part in ([result] if hasattr(result, "numpy") else result)]
+    found = []
+    for item in inputs:
+        result = main(*map(tvm.runtime.tensor, item))
+        parts = [result] if hasattr(result, "numpy") else result
+        found.append([part.numpy() for part in parts])
+    return found
 
 
 def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:

@@ -105,7 +105,7 @@ def write(
                              f"which is to be quantized; {_INSTEAD}")  # fmt: skip
         editor.quantize_tensor(found[0], params)
     result = editor.finish()
-    _compare(result, quantized, inputs[0], shapes)
+    _compare(result, quantized, inputs[:1], shapes)
     onnx.save(result, path)
 
 
@@ -123,11 +123,11 @@ def _check(model: onnx.ModelProto) -> None:
 
 
 def _compare(
-    result: onnx.ModelProto, quantized: tvm.IRModule, item: Sequence[np.ndarray], shapes: Shapes
+    result: onnx.ModelProto, quantized: tvm.IRModule, inputs: Sequence[Any], shapes: Shapes
 ) -> None:
     """Refuse a model that does not compute what the Relax module does."""
-    wanted = match.run(quantized, item)
-    got = match.run(import_onnx(result, shapes), item)
+    (wanted,) = match.run(quantized, inputs)
+    (got,) = match.run(import_onnx(result, shapes), inputs)
     for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
         noise = float(np.sum((a.astype("float64") - b) ** 2))
         signal = float(np.sum(a.astype("float64") ** 2))
