@@ -122,13 +122,12 @@ def _array(path: Path) -> np.ndarray:
 def _named(path: Path, name: str) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            if name not in found:
-                raise ValueError(f"{path} has {', '.join(found.files)}; allowed: with {name}")
-            return found[name]
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is no .npz of numpy") from None
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle
+        raise ValueError(f"{path} is no .npz of numpy")
+    with np.load(path, allow_pickle=False) as found:
+        if name not in found:
+            raise ValueError(f"{path} has {', '.join(found.files)}; allowed: with {name}")
+        return found[name]
 
 
 def _single(array: np.ndarray, info: TensorInfo, where: str) -> np.ndarray:
