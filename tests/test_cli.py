@@ -19,6 +19,7 @@ from tests.onnx_models import small_classifier
 from topi_int8 import _host, artifact, cli
 from topi_int8.frontend import files
 from topi_int8.save import inputs_of
+from topi_int8.signature import TensorInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra `onnx`)")
@@ -189,6 +190,7 @@ def test_the_module_runs_as_a_command() -> None:
         ("quantize net.txt --calib calib.npy -o q.json", "model is 'net.txt'; allowed: .onnx, .js"),
         ("quantize net.onnx --calib calib.npy -o q.txt", "output is 'q.txt'; allowed: .json"),
         ("quantize net.onnx --calib calib.npy -o no/q.json", "allowed: in a folder that exists"),
+        ("quantize q.json --calib calib.npy -o r.json", "'q.json', quantized already; allowed: fl"),
         ("quantize q.json --calib calib.npy -o q.onnx", "allowed: .json, 'q.json' is no .onnx"),
         ("quantize net.onnx --calib calib.npy -o r.json --method best", "method is 'best'; al"),
         ("quantize net.onnx --calib calib.npy -o r.json --weight-bits 9", "weight_bits is 9"),
@@ -250,6 +252,24 @@ def test_a_cpu_that_lacks_something(place: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_host, "cpu_flags", lambda: flags)
     result = call("run", place / "net.so", "--input", place / "x.npy")
     assert result.exit_code == 2 and "this CPU lacks avx2" in result.output
+
+
+def test_several_outputs_are_an_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Network:
+        inputs = (TensorInfo("x", (2,), "float32"),)
+        outputs = (TensorInfo("a", (1,), "int8"), TensorInfo("b", (), "float32"))
+
+        def __call__(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+            return x[:1].astype("int8"), x.sum()
+
+    monkeypatch.setattr(topi_int8, "load", lambda *_: Network())
+    np.save(tmp_path / "x.npy", np.array([3, 4], "float32"))
+    given = ("run", tmp_path / "net.so", "--input", tmp_path / "x.npy", "--output")
+    result = call(*given, tmp_path / "y.npy")
+    assert result.exit_code == 2 and "allowed: .npz, for 2 outputs" in result.output
+    assert "a: int8 (1,), 3 to 3" in done(*given, tmp_path / "y.npz")
+    found = np.load(tmp_path / "y.npz")
+    assert found["a"] == [3] and found["b"] == 7
 
 
 def test_usage_errors_are_typers() -> None:

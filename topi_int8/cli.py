@@ -183,6 +183,8 @@ def quantize_command(
         raise ValueError(f"output is {str(output)!r}; allowed: .json, {str(model)!r} is no .onnx")
     shapes = _shapes(shape)
     mod = files.read_model(model, shapes)
+    if files.is_quantized(mod):
+        raise ValueError(f"model is {str(model)!r}, quantized already; allowed: float32")
     items = samples.calibration(calib, inputs_of(mod), _chooser(layout, size, mean, std, crop))
     options = {"method": method, "skip": skip or (), "weight_bits": weight_bits}
     quantized = topi_int8.quantize(mod, items, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,18 +83,23 @@ def import_onnx(model: onnx.ModelProto, shapes: Shapes | None = None) -> tvm.IRM
     return _with_names(_folded(mod), [entry.name for entry in graph.output])
 
 
-def _folded(mod: tvm.IRModule) -> tvm.IRModule:
-    """Return the module with constants' reshapes and transposes done, as `quantize` wants them.
-
-    Not where it is quantized: folding would make float32 weights of int8 ones.
-    """
+def is_quantized(mod: tvm.IRModule) -> bool:
+    """Return whether ``main`` quantizes or dequantizes anything."""
     found: list[bool] = []
 
     def look(expr: relax.Expr) -> None:
         found.append(op_name(expr) in ("relax.quantize", "relax.dequantize"))
 
     relax.analysis.post_order_visit(mod["main"], look)
-    return mod if any(found) else relax.transform.FoldConstant()(mod)
+    return any(found)
+
+
+def _folded(mod: tvm.IRModule) -> tvm.IRModule:
+    """Return the module with constants' reshapes and transposes done, as `quantize` wants them.
+
+    Not where it is quantized: folding would make float32 weights of int8 ones.
+    """
+    return mod if is_quantized(mod) else relax.transform.FoldConstant()(mod)
 
 
 def _with_names(mod: tvm.IRModule, outputs: list[str]) -> tvm.IRModule:
@@ -127,13 +133,15 @@ def _read_program(path: Path, shapes: Shapes) -> tvm.IRModule:
         raise ImportError(f"{path} needs torch: pip install 'topi_int8[torch]'") from error
     from tvm.relax.frontend.torch import from_exported_program
 
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # of many kinds, by what is wrong with the archive
-        raise ValueError(
-            f"model is {str(path)!r}, which torch.export.load does not read: {error}"
-        ) from None
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch warns about its own use of a class it deprecates.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        try:
+            program = torch.export.load(path)
+        except Exception as error:  # of many kinds, by what is wrong with the archive
+            raise ValueError(
+                f"model is {str(path)!r}, which torch.export.load does not read: {error}"
+            ) from None
         mod = from_exported_program(
             program, keep_params_as_input=False, unwrap_unit_return_tuple=True
         )
