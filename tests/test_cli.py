@@ -79,7 +79,7 @@ def test_quantize_by_pictures_and_options(place: Path, tmp_path: Path) -> None:
     said = done(
         "quantize", place / "net.onnx", "--calib", tmp_path, "-o", tmp_path / "q.json",
         "--mean", "0", "--std", "1", "--crop", "1", "--size", "16x16", "--layout", "NCHW",
-        "--skip", "conv2d_0", "--skip", "matmul_1", "--weight-bits", "7",
+        "--skip", "conv2d_0", "--skip-last", "--weight-bits", "7",
     )  # fmt: skip
     assert "calibrated on 2 inputs by minmax, 7-bit weights" in said
     found = json.loads(done("explain", tmp_path / "q.json", "--json"))

@@ -27,12 +27,14 @@ from .explanation import Explanation
 from .frontend import files
 from .images import Preprocessing
 from .quantize import OBSERVERS
+from .quantize.qparams import WEIGHT_MAX
 from .save import inputs_of
 from .signature import TensorInfo
 from .target_names import TARGETS
 from .target_text import HOST, parse_target
 
 _TOP = 5
+_BITS = ", ".join(map(str, sorted(WEIGHT_MAX, reverse=True)))
 _TRACE = "TOPI_INT8_TRACEBACK"
 _NARROWEST_TABLE = 120  # columns, where the output is no terminal that says its width
 # What our own functions raise at their edge, or Python for a file: nothing went wrong.
@@ -165,11 +167,21 @@ def quantize_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help=".json (Relax), or .onnx (QDQ) of an .onnx.")
     ],
-    method: Annotated[str, typer.Option(help=f"Of {', '.join(sorted(OBSERVERS))}.")] = "minmax",
+    method: Annotated[
+        str, typer.Option(help=f"How ranges are found: {', '.join(OBSERVERS)}.")
+    ] = "minmax",
     skip: Annotated[
         list[str] | None, typer.Option(help="Layer that stays float32, as conv2d_3; repeatable.")
     ] = None,
-    weight_bits: Annotated[int, typer.Option(help="8, or 7: faster on CPUs without VNNI.")] = 8,
+    skip_first: Annotated[
+        bool, typer.Option("--skip-first", help="The first layer stays float32.")
+    ] = False,
+    skip_last: Annotated[
+        bool, typer.Option("--skip-last", help="The last layer stays float32.")
+    ] = False,
+    weight_bits: Annotated[
+        int, typer.Option(help=f"Of {_BITS}. 7 is faster on CPUs without VNNI.")
+    ] = 8,
     shape: ShapeText = None,
     layout: LayoutText = "",
     size: Size = "",
@@ -186,8 +198,10 @@ def quantize_command(
     if files.is_quantized(mod):
         raise ValueError(f"model is {str(model)!r}, quantized already; allowed: float32")
     items = samples.calibration(calib, inputs_of(mod), _chooser(layout, size, mean, std, crop))
-    options = {"method": method, "skip": skip or (), "weight_bits": weight_bits}
-    quantized = topi_int8.quantize(mod, items, **options)
+    quantized = topi_int8.quantize(
+        mod, items, method=method, skip=skip or (), skip_first=skip_first, skip_last=skip_last,
+        weight_bits=weight_bits,
+    )  # fmt: skip
     if output.suffix == ".json":
         files.write_module(quantized, output)
     else:

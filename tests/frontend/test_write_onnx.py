@@ -127,6 +127,27 @@ def test_refusals(
     assert "no tensor like 'image'" in refused(model, modules, images, path)
 
 
+def test_weights_are_matched_by_their_rounding() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.normal(0, 1, (3, 5)).astype("float32")
+    scale = (np.abs(real).max(axis=1) / 127).astype("float32")
+    values = np.rint(real / scale[:, None]).astype("int8")
+    rows = write_onnx.Constant(values, scale, 0)
+    assert write_onnx._is_rounded(rows, real, None)
+    factor = np.array([2, 3, 4], "float32")
+    scaled = write_onnx.Constant(values, scale * factor, 0)
+    assert write_onnx._is_rounded(scaled, real, factor)
+    assert not write_onnx._is_rounded(scaled, real, None)
+    assert not write_onnx._is_rounded(rows, real.T, None)
+    assert not write_onnx._is_rounded(rows, None, None)
+    # One scale in all, and so small that the largest are clipped.
+    step = np.float32(np.abs(real).max() / 14)
+    clipped = np.clip(np.rint(real / step), -7, 7).astype("int8")
+    assert write_onnx._is_rounded(write_onnx.Constant(clipped, step, 0), real, None)
+    clipped[0, 0] += 1
+    assert not write_onnx._is_rounded(write_onnx.Constant(clipped, step, 0), real, None)
+
+
 def test_tensors_are_matched_by_what_they_hold() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 3)).astype("float32"), rng.normal(size=(2, 3)).astype("float32")

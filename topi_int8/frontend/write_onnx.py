@@ -36,7 +36,10 @@ _INSTEAD = "write .json instead"
 
 @dataclass(frozen=True)
 class Constant:
-    """An integer constant of the Relax graph: values, their scale a channel, the channels' axis."""
+    """An integer constant of the Relax graph: real = scale * value.
+
+    ``scale`` is one a channel, along ``axis``, or one in all.
+    """
 
     values: np.ndarray
     scale: np.ndarray
@@ -179,8 +182,13 @@ def _constant(graph: Graph, expr: Any) -> Constant | None:
     call = graph.values.get(expr) if isinstance(expr, relax.Var) else None
     if op_name(call) != "relax.dequantize":
         return None
-    values, scale = constant(call.args[0]), constant(call.args[1])
-    return None if values is None or scale is None else Constant(values, scale, call.attrs.axis)
+    values, scale, zero_point = map(constant, call.args)
+    if values is None or scale is None or zero_point is None:
+        return None
+    if zero_point.any():
+        raise ValueError(f"a constant of the Relax graph has the zero point {zero_point}; allowed: "
+                         f"0; {_INSTEAD}")  # fmt: skip
+    return Constant(values, scale, int(call.attrs.axis) % values.ndim)
 
 
 # ---------------------------------------------------------------- the ONNX graph
@@ -328,17 +336,17 @@ class _Editor:
 
     def _constant(self, value: Constant, name: str) -> str:
         """Add a dequantized integer constant; return the name of its reals."""
+        one = value.scale.size == 1
+        steps = value.scale.astype("float32").reshape(() if one else -1)
         integers = self._initializer(value.values, f"{name}_q")
-        scale = self._initializer(value.scale.astype("float32"), f"{name}_scale")
-        operands = [integers, scale]
+        operands = [integers, self._initializer(steps, f"{name}_scale")]
         if value.values.dtype != np.int32:  # whose zero point is 0 and left out
-            zeros = np.zeros(value.scale.shape, value.values.dtype)
+            zeros = np.zeros(steps.shape, value.values.dtype)
             operands.append(self._initializer(zeros, f"{name}_zero_point"))
         reals = self._fresh(f"{name}_dq")
+        along = {} if one else {"axis": value.axis}
         self.first.append(
-            self.onnx.helper.make_node(
-                "DequantizeLinear", operands, [reals], name=reals, axis=value.axis
-            )
+            self.onnx.helper.make_node("DequantizeLinear", operands, [reals], name=reals, **along)
         )
         return reals
 
@@ -388,12 +396,17 @@ def _copy(message: Any) -> Any:
 
 
 def _is_rounded(weight: Constant, real: np.ndarray | None, factor: np.ndarray | None) -> bool:
-    """Return whether a weight is a float32 one, scaled by a factor a channel, rounded."""
+    """Return whether a weight is a float32 one, scaled by a factor a channel, rounded.
+
+    What is larger than the largest integer may have been clipped.
+    """
     if real is None or real.shape != weight.values.shape:
         return False
     along = [1] * real.ndim
     along[weight.axis] = -1
     if factor is not None:
         real = real * factor.reshape(along)
-    scale = weight.scale.reshape(along)
-    return bool(np.all(np.abs(weight.values * scale - real) <= 0.51 * scale))
+    scale = weight.scale.reshape(along if weight.scale.size > 1 else ())
+    values = weight.values.astype("float32")
+    top = np.abs(values).max()
+    return bool(np.all(np.abs(values - np.clip(real / scale, -top, top)) <= 0.51))
