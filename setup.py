@@ -30,21 +30,22 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["topi_int8*", "intrinsics*", "bench*"]),
     package_data={"bench": ["shapes/*", "rivals/*.cpp", "*.md"]},
-    install_requires=[*read("_requirements")["SUPPORTED"][0].pins(), "numpy", "rich"],
+    install_requires=[*read("_requirements")["SUPPORTED"][0].pins(), "numpy", "rich", "typer"],
+    entry_points={"console_scripts": ["topi-int8 = topi_int8.cli:main"]},
     extras_require={
         # torchvision has no CPU build of its own: topi_int8/frontend/torchvision.py lets it import.
         "torch": ["torch==2.13.0", "torchvision==0.28.0"],
         "onnx": ["onnx"],
         "tflite": ["tflite"],
+        "images": IMAGES,  # what `topi-int8 quantize` and `run` read, and the demo calibrates on
         # What TVM's RPC tracker and server import and apache-tvm does not name.
         "rpc": RPC,
-        "images": IMAGES,
-        "bench": [*RPC, *IMAGES, "pytest", "pytest-benchmark", "typer", "matplotlib"],
+        "bench": [*RPC, *IMAGES, "pytest", "pytest-benchmark", "matplotlib"],
         # scikit-learn for the digits that it bundles.
         "test": [
             *RPC,
             "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff",
-            "scikit-learn", "tflite", "typer",
+            "scikit-learn", "tflite",
             # What quantized ONNX models are compared with; its quantization does not name sympy.
             "onnxruntime==1.32.0", "sympy",
         ],

@@ -13,11 +13,9 @@ import tvm
 from tvm import rpc
 from tvm.target import Target
 
+from topi_int8 import cross, target_names
 from topi_int8 import target as targets
-from topi_int8 import target_names
-
-from . import cross
-from .targets import parse_target
+from topi_int8.target_text import parse_target
 
 TRACKER_COMMAND = "python -m tvm.exec.rpc_tracker --port 9190"
 SERVER_COMMAND = "python -m tvm.exec.rpc_server --tracker HOST:9190 --key {key}"
@@ -75,7 +73,7 @@ class Board:
     ----------
     session : tvm.rpc.RPCSession
     command : tuple of str
-        What links for it, see `bench.cross.find`.
+        What links for it, see `topi_int8.cross.find`.
     name : str
         For messages: the key.
     """
@@ -94,7 +92,7 @@ class Board:
 
         Raises
         ------
-        bench.cross.LinkError
+        topi_int8.cross.LinkError
             When it cannot be linked.
         RuntimeError
             When the board cannot load it.

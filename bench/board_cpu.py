@@ -16,10 +16,11 @@ from tvm.script import from_source
 from tvm.script import tirx as T
 from tvm.target import Target
 
+from topi_int8 import isa_check
 from topi_int8 import target as targets
+from topi_int8.cross import LinkError
 
 from .board import Board
-from .cross import LinkError
 from .place import first_line
 
 _PATH_BYTES, _TEXT_BYTES = 256, 1 << 18
@@ -54,10 +55,6 @@ HWCAP: dict[str, dict[str, tuple[int, int]]] = {
     },
     "arm": {"neon": (0, 12), "vfpv4": (0, 16), "asimddp": (0, 24), "i8mm": (0, 27)},
 }  # fmt: skip
-
-# LLVM features that code generation may turn into instructions, beyond those topi_int8 names.
-_FURTHER_FEATURES = {"fullfp16": "asimdhp", "lse": "atomics", "rdm": "asimdrdm", "sve": "sve",
-                     "sve2": "sve2", "bf16": "bf16"}  # fmt: skip
 
 # (implementer, part) of MIDR, as /proc/cpuinfo has them -> the core: util-linux, lscpu-arm.c.
 CORES = {
@@ -188,15 +185,5 @@ def lacking(machine: dict[str, Any], target: Target) -> list[str]:
 
     Running them would be SIGILL, and the end of the board's RPC server.
     """
-    arch = targets.features(target).arch
-    named = targets.features(target).llvm
-    if arch == "x86_64":
-        known = [name for _, added in targets.LEVELS for name in added]
-        known += targets.BEYOND_LEVELS
-    else:
-        known = [*targets.ARM_FEATURES, *_FURTHER_FEATURES]
-    flags = set(machine["features"])
-    if "asimd" in flags:
-        flags.add("neon")  # as 32-bit kernels, and LLVM, call it
-    flag_of = {**targets.KERNEL_FLAG, **_FURTHER_FEATURES}
-    return [name for name in known if name in named and flag_of.get(name, name) not in flags]
+    needed = isa_check.needed(targets.features(target))
+    return isa_check.lacking(needed, machine["features"])

@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 from tvm.target import Target
 
-from topi_int8 import _host, target_names
+from topi_int8 import _host, isa_check
 from topi_int8 import target as targets
+from topi_int8.isa_check import WrongMachineError
+from topi_int8.target_text import parse_target
+
+__all__ = ["WrongMachineError", "choose", "isa_of", "missing_features", "parse_target"]
 
 # The names of the command line; "amx" is what oneDNN and everyone else call it.
 ISA_ALIASES = {"amx": "amx_int8"}
 ISAS = ("host", "amx", "avx512_vnni", "avx_vnni", "avx512_bw", "avx2", "generic")
 
-# LLVM features that code generation may turn into instructions, beyond those topi_int8 names.
-_FURTHER_FEATURES = (
-    "amx-bf16 amx-fp16 avx512bf16 avx512bitalg avx512fp16 avx512ifma avx512vp2intersect "
-    "avx512vpopcntdq avxifma avxneconvert avxvnniint16 avxvnniint8 gfni"
-).split()
-
-
-class WrongMachineError(ValueError):
-    """The Target names instructions that this CPU lacks."""
-
-
 def missing_features(target: Target) -> list[str]:
     """Return the LLVM features that `target` names and this CPU lacks."""
-    named = targets.features(target).llvm
-    known = [feature for _, added in targets.LEVELS for feature in added]
-    known += [*targets.BEYOND_LEVELS, *_FURTHER_FEATURES]
-    # Spellings differ in separators only (avx512vnni, avx512_vnni) where KERNEL_FLAG says nothing.
-    flags = {flag.replace("_", "") for flag in _host.cpu_flags()}
-    missing = []
-    for feature in known:
-        flag = targets.KERNEL_FLAG.get(feature, feature)
-        if feature in named and flag.replace("-", "").replace("_", "") not in flags:
-            missing.append(feature)
-    if "amx-tile" in named and "amx-tile" not in missing and not _host.amx_permitted():
-        missing.append("amx-tile (the kernel refuses its tile state)")
-    return missing
-
-
-def parse_target(text: str) -> Target:
-    """Return the Target of a command line: our name, TVM's own string, or a JSON dictionary.
-
-    Raises
-    ------
-    ValueError
-        When TVM does not know it, or it is no CPU target of LLVM.
-    """
-    try:
-        if text in target_names.TARGETS:
-            return targets.named(text)
-        target = Target(json.loads(text) if text.lstrip().startswith("{") else text)
-    except Exception as error:
-        raise ValueError(
-            f"target is {text!r}; allowed: a name of topi_int8.target_names, or what "
-            f"tvm.target.Target takes: {error}"
-        ) from None
-    targets.features(target)
-    return target
+    return isa_check.lacking_here(isa_check.needed(targets.features(target)))
 
 
 def choose(isa: str = "host", target: str | None = None, threads: int = 1) -> Target:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("torch", "torchvision", "onnx", "onnxruntime", "tflite", "tensorflow", "pytest")
+EXTRAS = (
+    "torch", "torchvision", "onnx", "onnxruntime", "tflite", "tensorflow", "pytest", "PIL",
+)  # fmt: skip
 # What each room may import of the package; the ground floor first.
 ROOMS = {
     "intrinsics": (),
@@ -110,6 +112,13 @@ def test_extras_are_imported_inside_functions_only() -> None:
     for path in [*sources("topi_int8"), *sources("intrinsics")]:
         extras = {name.split(".")[0] for name in imported(path, whole=False)} & set(EXTRAS)
         assert not extras, f"{path} imports {extras} when it is imported"
+
+
+def test_only_the_command_line_knows_typer() -> None:
+    users = [path for path in sources("topi_int8") if "typer" in imported(path)]
+    assert users == [ROOT / "topi_int8" / "cli.py"]
+    importers = {path for path in sources("topi_int8") if "topi_int8.cli.main" in imported(path)}
+    assert importers == {ROOT / "topi_int8" / "__main__.py"}
 
 
 def test_no_file_is_longer_than_600_lines() -> None:

@@ -16,10 +16,11 @@ from tvm.script import from_source
 from tvm.script import tirx as T
 from typer.testing import CliRunner
 
-from bench import board, board_cpu, cli, cross, run
+from bench import board, board_cpu, cli, run
 from bench.shape_lines import parse_line
 from tests.bench.local_board import NO_QEMU, QEMU_PYTHON, local_board
 from tests.rpc_process import HOST
+from topi_int8 import cross
 from topi_int8 import target as targets
 
 KEY = "haswell"  # names a target, which any x86-64 machine of today executes

@@ -11,8 +11,8 @@ from typing import Any
 
 from tvm.target import Target
 
-from topi_int8 import _host
-from topi_int8 import target as targets
+from . import _host
+from . import target as targets
 
 # Architecture -> the GNU triple that its cross compiler is named after on Debian, and the package.
 GNU = {
