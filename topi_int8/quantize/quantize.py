@@ -168,7 +168,7 @@ def _skipped(
 
 
 def _qparams(
-    plan: Plan, watched: dict[str, Observer], activation_dtype: str, symmetric: bool
+    plan: Plan, watched: dict[str, Observer], activation_dtype: str, symmetric: bool = False
 ) -> dict[relax.Var, QParams]:
     """Return the parameters of each quantized tensor; a group's cover all its members."""
     ranges: dict[relax.Var, tuple[float, float]] = {}
