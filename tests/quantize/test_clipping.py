@@ -295,6 +295,12 @@ def test_a_range_of_one_bin_is_no_choice() -> None:
     assert got[2:] == pytest.approx([0, 0], abs=1e-12)
 
 
+def test_kl_refuses_more_levels_than_bins_can_tell_apart() -> None:
+    observer = seen(KLDivergence(bins=1024), tensor(_normal))
+    with pytest.raises(ValueError, match="bins is 1024; allowed: four for each of 512 levels"):
+        observer.range(Grid(512))
+
+
 def test_kl_clips_long_tails_and_keeps_short_ones() -> None:
     rng = np.random.default_rng(1)
     flat = rng.uniform(-1, 1, size=200_000).astype("float32")

@@ -77,7 +77,12 @@ class Fixed(Observer):
     def update(self, values: np.ndarray) -> None:
         pass
 
-    def range(self, grid: Grid = Grid()) -> tuple[float, float]:  # noqa: B008, RUF100
+    def range(self, grid: Grid = Grid()) -> tuple[float, float]:
+        return -1.0, 1.0
+
+
+class Old(Fixed):
+    def range(self) -> tuple[float, float]:
         return -1.0, 1.0
 
 
@@ -102,6 +107,7 @@ def test_methods_by_name_and_by_callable() -> None:
         (None, TypeError, "method is None; allowed: minmax"),
         (Percentile(99.0), TypeError, r"method is Percentile\(.*a callable that makes an Observer"),
         (lambda: "kl", TypeError, "method makes 'kl'; allowed"),
+        (Old, TypeError, r"whose range\(\) takes no Grid; allowed"),
         (lambda one=Fixed(): one, TypeError, "again and again; allowed: a new one each time"),
         (lambda: Percentile(101), ValueError, "percentile is 101; allowed: above 0, at most 100"),
     ],

@@ -29,8 +29,6 @@ _SAME = 1e-9
 # The score of ranges, the smaller the better: of their low and their high ends, in bins from zero,
 # (n,) float64 arrays, low <= 0 <= high.
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# The distances from zero at which a side's end can stand, the largest first, for those wished.
-Snap = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Clipping(Observer):
     Parameters
     ----------
     bins : int
-        Bins of the histogram, at least four for each of 256 levels. Half of them or more cover the
-        extent of the values and zero: a value is known to 1/4096 of it.
+        Bins of the histogram, 1024 or more: four for each of 256 levels. Half of them or more cover
+        the extent of the values and zero: of 8192, a bin is at most 1/4096 of it.
     """
 
     bins: int = field(default=8192, kw_only=True)
@@ -144,8 +142,7 @@ class MeanSquaredError(Clipping):
     def _choose(
         self, density: Density, reach: tuple[float, float], grid: Grid
     ) -> tuple[float, float]:
-        sides = (lambda ends: np.unique(ends)[::-1],) * 2
-        return _search(_squared_errors(density, grid.steps), sides, reach, density.width)
+        return _search(_squared_errors(density, grid.steps), reach, density.width)
 
 
 def _squared_errors(density: Density, steps: int) -> Score:
@@ -201,10 +198,12 @@ class KLDivergence(Clipping):
     def _choose(
         self, density: Density, reach: tuple[float, float], grid: Grid
     ) -> tuple[float, float]:
+        if self.bins < 4 * grid.levels:
+            raise ValueError(f"bins is {self.bins}; allowed: four for each of {grid.levels} levels")
         filled = np.flatnonzero(density.counts) + density.first
         whole = (min(filled[0], 0) * density.width, max(filled[-1] + 1, 0) * density.width)
-        sides = (lambda ends: np.unique(np.ceil(ends))[::-1],) * 2
-        return _search(_divergences(density, grid.steps + 1), sides, whole, density.width)
+        score = _divergences(density, grid.steps + 1)
+        return _search(score, whole, density.width, whole_bins=True)
 
 
 def _divergences(density: Density, cells: int) -> Score:
@@ -269,27 +268,26 @@ def _x_log_x(x: np.ndarray) -> np.ndarray:
 
 
 def _search(
-    score: Score, snaps: tuple[Snap, ...], reach: tuple[float, float], width: float
+    score: Score, reach: tuple[float, float], width: float, whole_bins: bool = False
 ) -> tuple[float, float]:
     """Return the best of the ranges within ``reach``, both in real numbers.
 
     Parameters
     ----------
-    snaps : (Snap, Snap)
-        Of the low side and of the high side.
     width : float
         Of a bin.
+    whole_bins : bool
+        Only ranges whose ends are borders of bins, such as those of ``reach`` are.
     """
     limits = [abs(end) / width for end in reach]
     best = limits
     for factors in (_COARSE, _FINE):
-        ends = [
-            snap(np.minimum(end * factors, limit))
-            for snap, end, limit in zip(snaps, best, limits, strict=True)
-        ]
-        low, high = (side.ravel() for side in np.meshgrid(*ends, indexing="ij"))
-        order = np.argsort(-(low + high), kind="stable")
-        low, high = low[order], high[order]
+        ends = [np.minimum(end * factors, limit) for end, limit in zip(best, limits, strict=True)]
+        if whole_bins:
+            ends = [np.ceil(side) for side in ends]
+        low, high = (side.ravel() for side in np.meshgrid(*map(np.unique, ends), indexing="ij"))
+        widest_first = np.argsort(-(low + high), kind="stable")
+        low, high = low[widest_first], high[widest_first]
         scores = np.concatenate(
             [score(-low[i : i + _BLOCK], high[i : i + _BLOCK]) for i in range(0, low.size, _BLOCK)]
         )

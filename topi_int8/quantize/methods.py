@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from .clipping import KLDivergence, MeanSquaredError, Percentile
-from .observer import MinMax, MovingAverage, Observer
+from .observer import Grid, MinMax, MovingAverage, Observer
 
 OBSERVERS: dict[str, Callable[[], Observer]] = {
     "minmax": MinMax,
@@ -23,7 +24,7 @@ def make_observer(method: str | Callable[[], Observer]) -> Callable[[], Observer
     ----------
     method : str or callable
         A name in `OBSERVERS`, or a callable without arguments that returns a new Observer:
-        ``lambda: Percentile(99.9)``. It is called once here, so that its parameters are checked
+        ``lambda: Percentile(99.9)``. It is called here, too, so that what is wrong with it is said
         before anything runs.
 
     Raises
@@ -44,6 +45,11 @@ def make_observer(method: str | Callable[[], Observer]) -> Callable[[], Observer
     made = method()
     if not isinstance(made, Observer):
         raise TypeError(f"method makes {made!r}; allowed: {allowed}")
+    try:
+        inspect.signature(made.range).bind(Grid())
+    except TypeError:
+        problem = f"method makes {made!r}, whose range() takes no Grid; allowed: {allowed}"
+        raise TypeError(problem) from None
     if method() is made:
         raise TypeError(f"method makes one {made!r} again and again; allowed: a new one each time")
     return method

@@ -183,7 +183,7 @@ def _plan_without(graph: Graph, names: Collection[str]) -> Plan:
 
 
 def _qparams(
-    plan: Plan, watched: dict[str, Observer], activation_dtype: str, symmetric: bool
+    plan: Plan, watched: dict[str, Observer], activation_dtype: str, symmetric: bool = False
 ) -> dict[relax.Var, QParams]:
     """Return the parameters of each quantized tensor; a group's cover all its members."""
     ranges: dict[relax.Var, tuple[float, float]] = {}
