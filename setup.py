@@ -36,6 +36,10 @@ setup(
         # What TVM's RPC tracker and server import and apache-tvm does not name.
         "rpc": RPC,
         "bench": [*RPC, "pytest", "pytest-benchmark", "typer", "matplotlib"],
-        "test": [*RPC, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer"],
+        "test": [
+            *RPC, "pytest", "pytest-xdist", "pytest-benchmark", "hypothesis", "ruff", "typer",
+            # Quantizes the PT2E programs that the frontend's tests import.
+            "torchao==0.18.0",
+        ],
     },
 )
