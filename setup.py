@@ -48,6 +48,8 @@ setup(
             "scikit-learn", "tflite",
             # What quantized ONNX models are compared with; its quantization does not name sympy.
             "onnxruntime==1.32.0", "sympy",
+            # Quantizes the PT2E programs that the frontend's tests import.
+            "torchao==0.18.0",
         ],
     },
 )

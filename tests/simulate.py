@@ -225,6 +225,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "relax.minimum": _elementwise(torch.minimum),
     "relax.zeros_like": _elementwise(torch.zeros_like),
     "relax.reshape": lambda _call, x, shape: x.reshape(shape),
+    "relax.broadcast_to": lambda _call, x, shape: x.broadcast_to(shape),
     "relax.flatten": lambda _call, x: x.reshape(-1),
     "relax.squeeze": lambda call, _x: _x.reshape(_ints(call.ty.shape)),
     "relax.expand_dims": lambda call, x: x.reshape(_ints(call.ty.shape)),

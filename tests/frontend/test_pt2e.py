@@ -436,8 +436,9 @@ def all_int8(explanation: Any, convolutions: int, matmuls: int) -> bool:
 
 
 # How many elements of a tensor may differ by one step. A float bias is rounded to a step of the
-# int32 sum, s_x * s_w, which moves every sum by up to half of one: up to 0.02 steps of the output in
-# MobileNetV2's depthwise layers, whose sums are short. As many elements lie so near to a tie.
+# int32 sum, s_x * s_w, which moves every sum by up to half of one. In MobileNetV2's depthwise
+# layers, whose sums are short, that is 0.02 steps of the output: so many elements lie so near to a
+# tie.
 OFF_BY_ONE = 1e-2
 
 
@@ -474,12 +475,13 @@ class Attention(torch.nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(width) for _ in range(2))
-        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(3))
+        self.out = torch.nn.Linear(width, width)
         self.up, self.down = torch.nn.Linear(width, 64), torch.nn.Linear(64, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.qkv(self.norms[0](x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.unbind(0)
+        normed = self.norms[0](x)
+        q, k, v = (f(normed).unflatten(-1, (4, -1)).transpose(1, 2) for f in self.heads)
         mixed = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(torch.nn.functional.gelu(self.up(self.norms[1](x))))
@@ -515,7 +517,7 @@ def test_a_transformer_is_torchs() -> None:
     found = parity(net, converted, random(3, 5, 32, seed=9).numpy())
     # Each linear layer; the two products of attention are not quantized and stay float.
     int8 = [row for row in found.explanation if row.work.data_dtype != "float32"]
-    assert len(int8) == 4 and all(row.strategy.startswith("matmul_") for row in int8)
+    assert len(int8) == 6 and all(row.strategy.startswith("matmul_") for row in int8)
     assert max(found.steps.values()) <= OFF_BY_ONE
     assert graphs.sqnr(found.torch, found.here) > graphs.sqnr(found.fp32, found.torch) + 6
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
 from tests import graphs
+from topi_int8.frontend.batch import with_batch
 from topi_int8.frontend.torch import from_torch
 from topi_int8.frontend.torchvision import import_torchvision
 from topi_int8.transform.fold_batch_norm import FoldBatchNorm
@@ -58,6 +60,103 @@ def test_torchvision_classifiers_import_and_fold(name: str) -> None:
     np.testing.assert_allclose(
         simulate(folded, x.numpy()), want, rtol=1e-3, atol=1e-4 * np.abs(want).max()
     )
+
+
+def test_channels_last_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net, x = _Net().eval(), torch.randn(2, 3, 8, 8)
+    want = net(x).detach().numpy()
+    for module, example in (
+        (net, x.contiguous(memory_format=torch.channels_last)),
+        (_Net().eval().to(memory_format=torch.channels_last), x),
+    ):
+        module.load_state_dict(net.state_dict())
+        mod = from_torch(module, example.contiguous(memory_format=torch.channels_last))
+        ops, plain = graphs.count(mod), graphs.count(from_torch(net, x))
+        # flatten is a reshape or two; nothing is permuted.
+        assert {name: n for name, n in (ops - plain).items()} in ({}, {"reshape": 1})
+        np.testing.assert_allclose(simulate(mod, x.numpy()), want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_program_is_taken_as_it_is() -> None:
+    torch.manual_seed(0)
+    net, x = _Net().eval(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(net, (x,))
+    want = net(x).detach().numpy()
+    for given in (program, program.run_decompositions(), program.module()):
+        mod = from_torch(given, x if isinstance(given, torch.nn.Module) else None)
+        np.testing.assert_allclose(simulate(mod, x.numpy()), want, rtol=1e-4, atol=1e-5)
+    for name in ("example_inputs", "dynamic_shapes"):
+        with pytest.raises(ValueError, match=f"{name} is given; allowed with an Expor.*: None"):
+            from_torch(program, **{name: x})
+
+
+class _Branches(torch.nn.Module):
+    """Two inputs whose batches are one symbol, and a shape made of it."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.reshape(-1, 2), y.reshape(-1, 2)]).relu()
+
+
+def test_a_symbolic_batch_runs_with_any_and_is_bound_to_one() -> None:
+    torch.manual_seed(0)
+    net, batch = _Net().eval(), torch.export.Dim("batch", min=2, max=8)
+    mod = from_torch(net, torch.randn(2, 3, 8, 8), dynamic_shapes=({0: batch},))
+    assert not hasattr(mod["main"].params[0].ty.shape[0], "value")
+    for size in (1, 3, 8):
+        x = torch.randn(size, 3, 8, 8)
+        one = with_batch(mod, size)
+        assert [int(d) for d in one["main"].params[0].ty.shape] == [size, 3, 8, 8]
+        assert "tir_var_upper_bound" not in one["main"].attrs
+        want = net(x).detach().numpy()
+        np.testing.assert_allclose(simulate(one, x.numpy()), want, rtol=1e-4, atol=1e-5)
+    assert not hasattr(mod["main"].params[0].ty.shape[0], "value"), "the module was changed"
+    program = torch.export.export(net, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: batch},))
+    bound = from_torch(program, batch=4)
+    assert int(bound["main"].params[0].ty.shape[0]) == 4
+    with pytest.raises(ValueError, match="batch is 9; allowed: 1 to 8"):
+        with_batch(mod, 9)
+    with pytest.raises(ValueError, match="batch is 0; allowed: 1 to 8"):
+        from_torch(program, batch=0)
+    with pytest.raises(ValueError, match="batch is 4, and no input has a symbolic first dim"):
+        from_torch(net, torch.randn(2, 3, 8, 8), batch=4)
+
+
+def test_all_inputs_get_the_batch() -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    x, y = torch.randn(4, 6), torch.randn(4, 2)
+    mod = from_torch(_Branches().eval(), (x, y), dynamic_shapes=({0: batch}, {0: batch}), batch=5)
+    assert [int(p.ty.shape[0]) for p in mod["main"].params] == [5, 5]
+    x, y = torch.randn(5, 6), torch.randn(5, 2)
+    np.testing.assert_array_equal(simulate(mod, x.numpy(), y.numpy()), _Branches()(x, y).numpy())
+
+
+def test_torchscript_is_refused_with_the_line_to_write() -> None:
+    net, x = _Net().eval(), torch.randn(1, 3, 8, 8)
+    line = r"torch\.export\.export\(module\.eval\(\), \(example_input,\)\)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates them itself
+        scripts = torch.jit.trace(net, x), torch.jit.script(net), torch.jit.trace(torch.relu, x)
+    for script in scripts:
+        with pytest.raises(TypeError, match=f"module is a TorchScript .*{line}"):
+            from_torch(script, x)
+
+
+def test_a_program_traced_in_training_mode_is_refused() -> None:
+    net, x = torch.nn.Sequential(_Net(), torch.nn.Dropout()), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(net.train(), (x,))
+    for given, inputs in ((program, None), (program.module(), x)):
+        with pytest.raises(ValueError, match="traced in training mode"):
+            from_torch(given, inputs)
+
+
+def test_operators_that_tvm_does_not_know_are_named() -> None:
+    class Unknown(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvalsh(x)
+
+    with pytest.raises(NotImplementedError, match=r"TVM's importer does not know.*eigh"):
+        from_torch(Unknown().eval(), torch.eye(3))
 
 
 def test_errors_name_the_argument() -> None:

@@ -320,3 +320,26 @@ def test_decision_knows_the_range_of_constant_weights() -> None:
     assert names(1) == [proven, plain, plain]
     # 7-bit weights make so small an image as fast by the direct sum.
     assert names(3) == [proven, "conv2d_nchwc_winograd_avx2", plain]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("given", ["constants", "inputs"])
+@pytest.mark.parametrize("vector", [False, True])
+def test_quantize_by_tensors_rounds_half_to_even(dtype: str, given: str, vector: bool) -> None:
+    low, high = {"uint8": (0, 255), "int8": (-128, 127)}[dtype]
+    scale = np.array([0.25, 0.5, 2.0] if vector else 0.5, "float32")
+    zero_point = np.array([3, 0, 7] if vector else 3, dtype)
+    steps = np.array([-1000, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 40.2, 1000], "float32")
+    along = (3, 1) if vector else (1, 1)
+    x = steps * np.broadcast_to(scale.reshape(-1, 1), (3, 1))
+
+    def build(emit: Any, data: Any, *params: Any) -> Any:
+        params = params or (relax.const(scale), relax.const(zero_point))
+        return relax.op.quantize(data, *params, axis=0, out_dtype=dtype)
+
+    types = [(scale.shape, "float32"), (scale.shape, dtype)] if given == "inputs" else []
+    new = lower(module(build, (x.shape, "float32"), *types))
+    assert "relax.quantize" not in interpret.count(new)
+    inputs = (x, scale, zero_point) if types else (x,)
+    want = np.clip(np.rint(steps) + zero_point.reshape(along).astype(int), low, high)
+    np.testing.assert_array_equal(interpret.run(new, *inputs)[0], np.broadcast_to(want, x.shape))

@@ -35,8 +35,8 @@ def from_torch(
     """Return a torch module or program as a Relax IRModule with its parameters bound as constants.
 
     A module that torchao's PT2E quantized (``convert_pt2e``) arrives as a QDQ graph, ready for
-    ``tvm.compile``; one in float32 is `topi_int8.quantize`'s to quantize. The shapes are logical
-    ones: modules and inputs in channels_last give the same graph.
+    ``tvm.compile``; one in float32 is `topi_int8.quantize`'s to quantize. Shapes are logical
+    ones: in channels_last, too, the graph is in NCHW.
 
     Parameters
     ----------
@@ -135,7 +135,8 @@ def _refuse_training(program: torch.export.ExportedProgram) -> None:
         if at is not None and len(node.args) > at and node.args[at]:
             raise ValueError(
                 f"the program was traced in training mode ({node.target} trains); allowed: "
-                "evaluation mode, module.eval() before torch.export.export"
+                "evaluation mode, by module.eval() before torch.export.export, or by torchao's "
+                "move_exported_model_to_eval"
             )
 
 
