@@ -406,6 +406,23 @@ def test_what_cannot_be_imported_is_named() -> None:
         from_tflite(net.model(y))
 
 
+@pytest.mark.parametrize(
+    "kernel, size, padding",
+    [(3, (12, 14), "SAME"), (2, (12, 13), "SAME"), (4, (14, 16), "VALID"), (1, (12, 14), "VALID")],
+)
+def test_transposed_convolutions_are_right_and_named_slow(
+    kernel: int, size: tuple[int, int], padding: str
+) -> None:
+    net = Net()
+    x = net.input((1, 6, 7, 8))
+    y = net.transposed(x, 5, kernel, 2, size, padding, "RELU")
+    mod = from_tflite(net.model(y))
+    explanation = topi_int8.explain(mod, TARGET, show=False)
+    notes = {other.op: other.note for other in explanation.others}
+    assert notes["relax.nn.conv2d_transpose"].startswith("SLOW")
+    compare(run(mod, x.value)[0], y.value, 0.015)
+
+
 def test_what_stays_float_is_named_with_a_reason() -> None:
     net = Net()
     x = net.input((1, 6, 6, 8))

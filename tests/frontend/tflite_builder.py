@@ -163,6 +163,27 @@ class Net:
         """Return DEPTHWISE_CONV_2D."""
         return self.conv2d(x, 0, kernel, multiplier=multiplier, **kwargs)
 
+    def transposed(
+        self, x: Tensor, channels: int, kernel: int, stride: int, size: tuple[int, int],
+        padding: str = "SAME", activation: str = "NONE",
+    ) -> Tensor:  # fmt: skip
+        """Return TRANSPOSE_CONV."""
+        weight, scales = self._weight((channels, kernel, kernel, x.shape[3]), 0, True)
+        product = np.float32(x.params[0]) * scales
+        bias = self.constant(self.rng.integers(-4000, 4000, channels).astype("int32"), product)
+        sides = _padding(size, (kernel, kernel), stride, padding)
+        sums = reference.transposed_sums(
+            x.value, x.params[1], weight.value, bias.value, stride, sides, size
+        )
+        shape = self.constant(np.asarray((x.shape[0], *size, channels), "int32"))
+        options = dict(
+            Padding=padding, StrideH=stride, StrideW=stride, FusedActivationFunction=activation
+        )
+        return self._layer(
+            "TRANSPOSE_CONV", "TransposeConv", options, [shape, weight, x, bias], sums, product,
+            activation,
+        )  # fmt: skip
+
     def dense(
         self, x: Tensor, units: int, activation: str = "NONE", *, keep: bool = False,
         per_channel: bool = True,

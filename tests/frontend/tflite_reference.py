@@ -89,6 +89,22 @@ def conv2d_sums(
     return reference.conv2d_accumulator(work, nchw, oihw).transpose(0, 2, 3, 1) + bias
 
 
+def transposed_sums(
+    x: np.ndarray, zero_point: int, weight: np.ndarray, bias: np.ndarray, stride: int,
+    padding: Padding, size: tuple[int, int],
+) -> np.ndarray:  # fmt: skip
+    """Return the sums of a transposed convolution: each element scattered by the kernel."""
+    n, ih, iw, _ = x.shape
+    oc, kh, kw, _ = weight.shape
+    top, left, bottom, right = padding
+    full = np.zeros((n, size[0] + top + bottom, size[1] + left + right, oc), "int64")
+    scattered = np.einsum("nyxi,ohwi->nyxhwo", x.astype("int64") - zero_point, weight)
+    for y, z in np.ndindex(ih, iw):
+        at = np.s_[:, y * stride : y * stride + kh, z * stride : z * stride + kw]
+        full[at] += scattered[:, y, z]
+    return full[:, top : top + size[0], left : left + size[1]] + bias
+
+
 def requantized(
     sums: np.ndarray, scales: np.ndarray, out: Params, activation: str = "NONE"
 ) -> np.ndarray:

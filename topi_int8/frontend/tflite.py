@@ -260,6 +260,34 @@ class QuantizedOperators(upstream.OperatorConverter):
         )
         return self._stored(pooled, result, options.FusedActivationFunction())
 
+    def convert_transpose_conv(self, op: Any) -> relax.Expr:
+        """TVM writes it in NHWC, in which it cannot compile it. It stays float (`explain`)."""
+        shape, weight, data, *bias = self.get_input_tensors(op)
+        (result,) = self.get_output_tensors(op)
+        options = self._options(op, "TransposeConvOptions")
+        strides = options.StrideH(), options.StrideW()
+        size = [int(dim) for dim in self.get_tensor_value(shape)[1:3]]
+        kernel = [int(dim) for dim in self.get_tensor_shape(weight)[1:3]]
+        sides = [(0, 0), (0, 0)]
+        if options.Padding() == _same_padding():
+            sides = list(map(upstream.get_pad_value, size, kernel, strides))
+        before = [int(dim) for dim in self.get_tensor_shape(data)[1:3]]
+        rest = [
+            whole - ((length - 1) * stride + k - sum(pads))
+            for whole, length, stride, k, pads in zip(
+                size, before, strides, kernel, sides, strict=True
+            )
+        ]
+        (top, bottom), (left, right) = sides
+        y = relax.op.nn.conv2d_transpose(
+            relax.op.permute_dims(self._real(data), (0, 3, 1, 2)),
+            relax.op.permute_dims(self._real(weight), (3, 0, 1, 2)),
+            strides, (top, left, bottom, right), rest,
+        )  # fmt: skip
+        y = relax.op.permute_dims(y, (0, 2, 3, 1))
+        y = relax.op.add(y, self._real(bias[0])) if bias else y
+        return self._stored(y, result, options.FusedActivationFunction())
+
     def convert_softmax(self, op: Any) -> relax.Expr:
         """TVM does not read beta."""
         (data,), (result,) = self.get_input_tensors(op), self.get_output_tensors(op)
