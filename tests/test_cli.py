@@ -182,6 +182,7 @@ def test_the_module_runs_as_a_command() -> None:
 # ---------------------------------------------------------------- refusals
 
 
+@pytest.mark.filterwarnings("ignore:No Op registered for Oddity")
 @pytest.mark.parametrize(
     ("line", "told"),
     [

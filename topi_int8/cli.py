@@ -18,12 +18,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import topi_int8
 
-from . import artifact, images, samples
-from .explanation import Explanation
+from . import artifact, cli_text, images, samples
 from .frontend import files
 from .images import Preprocessing
 from .quantize import OBSERVERS
@@ -33,10 +31,8 @@ from .signature import TensorInfo
 from .target_names import TARGETS
 from .target_text import HOST, parse_target
 
-_TOP = 5
 _BITS = ", ".join(map(str, sorted(WEIGHT_MAX, reverse=True)))
 _TRACE = "TOPI_INT8_TRACEBACK"
-_NARROWEST_TABLE = 120  # columns, where the output is no terminal that says its width
 # What our own functions raise at their edge, or Python for a file: nothing went wrong.
 _REFUSALS = (ValueError, TypeError, ImportError, OSError)
 
@@ -100,49 +96,11 @@ Crop = Annotated[
 ]
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, _NARROWEST_TABLE))
-
-
-def _say(text: str) -> None:
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
-
-
-def _numbers(name: str, text: str) -> tuple[float, ...] | None:
-    """Return the numbers of ``0.5,0.5``; None for an empty text."""
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else None
-    except ValueError:
-        raise ValueError(f"{name} is {text!r}; allowed: numbers, as 0.5 or 0.5,0.5,0.5") from None
-
-
-def _size(text: str) -> tuple[int, int] | None:
-    """Return the rows and columns of ``224`` or ``224x320``; None for an empty text."""
-    parts = text.split("x")
-    if not text:
-        return None
-    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(f"size is {text!r}; allowed: as 224, or rows x columns as 224x320")
-    return int(parts[0]), int(parts[-1])
-
-
-def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of ``NAME=1,3,224,224``."""
-    found = {}
-    for text in texts or []:
-        name, _, dims = text.rpartition("=")
-        if not name or not all(part.isdigit() for part in dims.split(",")):
-            raise ValueError(f"shape is {text!r}; allowed: NAME=1,3,224,224")
-        found[name] = tuple(map(int, dims.split(",")))
-    return found
-
-
 def _chooser(
     layout: str, size: str, mean: str, std: str, crop: float
 ) -> Callable[[TensorInfo], Preprocessing]:
     """Return what gives an input its preprocessing, by the options."""
-    wanted = _size(size), _numbers("mean", mean), _numbers("std", std)
+    wanted = cli_text.size(size), cli_text.numbers("mean", mean), cli_text.numbers("std", std)
 
     def choose(info: TensorInfo) -> Preprocessing:
         return Preprocessing.for_shape(info.shape, layout, *wanted, crop)
@@ -193,7 +151,7 @@ def quantize_command(
     _writable("output", output, (".json", ".onnx"))
     if output.suffix == ".onnx" and model.suffix != ".onnx":
         raise ValueError(f"output is {str(output)!r}; allowed: .json, {str(model)!r} is no .onnx")
-    shapes = _shapes(shape)
+    shapes = cli_text.shapes(shape)
     mod = files.read_model(model, shapes)
     if files.is_quantized(mod):
         raise ValueError(f"model is {str(model)!r}, quantized already; allowed: float32")
@@ -208,7 +166,8 @@ def quantize_command(
         from .frontend import write_onnx
 
         write_onnx.write(files.load_onnx(model), mod, quantized, items[0], output, shapes)
-    _say(f"{output}: calibrated on {len(items)} inputs by {method}, {weight_bits}-bit weights")
+    how = f"calibrated on {len(items)} inputs by {method}, {weight_bits}-bit weights"
+    cli_text.say(f"{output}: {how}")
 
 
 @app.command("compile")
@@ -228,31 +187,24 @@ def compile_command(
     """Compile a model into one library that says what it is and needs TVM's runtime alone."""
     _writable("output", output, (".so",))
     chosen = parse_target(target)
-    mod = files.read_model(model, _shapes(shape))
+    mod = files.read_model(model, cli_text.shapes(shape))
     start = time.perf_counter()
     metadata = topi_int8.save(mod, chosen, output, weights, cc=cc)
     seconds = time.perf_counter() - start
-    _say(f"{output}: for {metadata['isa']}, {output.stat().st_size / 2**20:.1f} MiB, "
-         f"compiled in {seconds:.1f} s")  # fmt: skip
+    size = output.stat().st_size / 2**20
+    cli_text.say(
+        f"{output}: for {metadata['isa']}, {size:.1f} MiB, compiled in {seconds:.1f} s"
+    )
     if weights is not None:
-        _say(f"{weights}: its weights")
+        cli_text.say(f"{weights}: its weights")
     for name in ("inputs", "outputs"):
         for entry in metadata[name]:
-            _say(f"  {name[:-1]} {TensorInfo.from_dict(entry)}")
+            cli_text.say(f"  {name[:-1]} {TensorInfo.from_dict(entry)}")
     found = topi_int8.explain(mod, chosen, show=False)
     for strategy, count in sorted(found.strategies().items()):
-        _say(f"  {count} x {strategy}")
-    for line in _slow(found):
-        _say(f"  {line}")
-
-
-def _slow(found: Explanation) -> list[str]:
-    """Return a line for each operator that runs without a kernel of ours where it had better."""
-    lines = [
-        f"{other.count} x {other.op}: {other.note}"
-        for other in found.others if other.note.startswith("SLOW")
-    ]  # fmt: skip
-    return lines + [f"{name}: naive loops, {reason}" for name, reason in found.naive]
+        cli_text.say(f"  {count} x {strategy}")
+    for line in cli_text.slow(found):
+        cli_text.say(f"  {line}")
 
 
 @app.command("run")
@@ -286,35 +238,14 @@ def run_command(
     arrays = samples.one(given, network.inputs, _chooser(layout, size, mean, std, crop))
     result = network(*arrays)
     results = result if isinstance(result, tuple) else (result,)
-    console = _console()
     for info, array in zip(network.outputs, results, strict=True):
-        _show(console, info, array, names)
+        cli_text.show(info, array, names)
     if output is None:
         return
     if output.suffix == ".npy":
         np.save(output, results[0])
     else:
         np.savez(output, **dict(zip((o.name for o in network.outputs), results, strict=True)))
-
-
-def _show(console: Console, info: TensorInfo, array: np.ndarray, names: list[str] | None) -> None:
-    """Print the likeliest classes of (N, classes), a line about anything else."""
-    if array.ndim != 2 or array.shape[1] < 2:
-        low, high = (f"{bound:.6g}" for bound in (array.min(), array.max())) if array.size else "--"
-        _say(f"{info.name}: {array.dtype} {array.shape}, {low} to {high}")
-        return
-    if names is not None and len(names) != array.shape[1]:
-        raise ValueError(f"labels are {len(names)}; allowed: {array.shape[1]}, one a class")
-    quantized = info.quantization is not None and array.dtype != np.float32
-    values = info.quantization.dequantize(array) if quantized else array
-    table = Table(title=f"{info.name}: {array.dtype} {array.shape}", title_justify="left")
-    for column in ("input", "rank", "class", "value"):
-        table.add_column(column)
-    for row, scores in enumerate(values):
-        for rank, index in enumerate(np.argsort(-scores, kind="stable")[:_TOP], 1):
-            label = str(index) if names is None else f"{index} {names[index]}"
-            table.add_row(str(row), str(rank), label, f"{scores[index]:.5g}")
-    console.print(table)
 
 
 @app.command("explain")
@@ -330,36 +261,13 @@ def explain_command(
     """
     if model.suffix == ".so":
         told = artifact.read_metadata(model)
-        _say(json.dumps(told, indent=2))
+        cli_text.say(json.dumps(told, indent=2))
         return
     chosen = parse_target(target)
-    found = topi_int8.explain(
-        files.read_model(model, _shapes(shape)), chosen, show=not as_json
-    )
+    mod = files.read_model(model, cli_text.shapes(shape))
+    found = topi_int8.explain(mod, chosen, show=not as_json)
     if as_json:
-        _say(json.dumps(_as_dict(found), indent=2))
-
-
-def _as_dict(found: Explanation) -> dict[str, Any]:
-    """Return what JSON can hold of an explanation."""
-    return {
-        "target": found.target,
-        "operators": [
-            {
-                "name": row.name, "op": row.op, "shape": row.shape, "types": row.dtypes,
-                "strategy": row.strategy, "intrinsic": row.intrinsic,
-                "layout": row.data_layout, "out_layout": row.out_layout, "macs": row.macs,
-                "declined": [
-                    {"strategy": name, "reason": reason} for name, reason in row.declined
-                ],
-            }
-            for row in found
-        ],
-        "left_to_tvm": [
-            {"op": other.op, "count": other.count, "note": other.note} for other in found.others
-        ],
-        "naive": [{"function": name, "reason": reason} for name, reason in found.naive],
-    }  # fmt: skip
+        cli_text.say(json.dumps(cli_text.as_dict(found), indent=2))
 
 
 @app.command(

@@ -12,8 +12,8 @@ import pytest
 import topi_int8
 from tests.graphs import sqnr
 from tests.onnx_models import small_classifier
+from topi_int8.frontend import _onnx_edit, files, write_onnx
 from topi_int8.frontend import _onnx_match as match
-from topi_int8.frontend import files, write_onnx
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra `onnx`)")
 ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
@@ -111,19 +111,19 @@ def test_refusals(
 
     with monkeypatch.context() as patch:
         # A pair that is left out is caught by running the result.
-        place = write_onnx._Editor.quantize_tensor
+        place = _onnx_edit.Editor.quantize_tensor
 
         def forget(self: Any, tensor: str, params: Any) -> None:
             if tensor != "r2":
                 place(self, tensor, params)
 
-        patch.setattr(write_onnx._Editor, "quantize_tensor", forget)
+        patch.setattr(_onnx_edit.Editor, "quantize_tensor", forget)
         assert "would differ from the Relax one by" in refused(model, modules, images, path)
     for name in ("relax_values", "onnx_values"):
         monkeypatch.setattr(match, name, lambda *_: defaultdict(list))
     # Nothing in the ONNX graph is like a layer, or like the input.
     assert "no node that computes 'conv2d_0'" in refused(model, modules, images, path)
-    monkeypatch.setattr(write_onnx._Editor, "quantize_layer", lambda *_: None)
+    monkeypatch.setattr(_onnx_edit.Editor, "quantize_layer", lambda *_: None)
     assert "no tensor like 'image'" in refused(model, modules, images, path)
 
 
@@ -132,20 +132,20 @@ def test_weights_are_matched_by_their_rounding() -> None:
     real = rng.normal(0, 1, (3, 5)).astype("float32")
     scale = (np.abs(real).max(axis=1) / 127).astype("float32")
     values = np.rint(real / scale[:, None]).astype("int8")
-    rows = write_onnx.Constant(values, scale, 0)
-    assert write_onnx._is_rounded(rows, real, None)
+    rows = _onnx_edit.Constant(values, scale, 0)
+    assert _onnx_edit.is_rounded(rows, real, None)
     factor = np.array([2, 3, 4], "float32")
-    scaled = write_onnx.Constant(values, scale * factor, 0)
-    assert write_onnx._is_rounded(scaled, real, factor)
-    assert not write_onnx._is_rounded(scaled, real, None)
-    assert not write_onnx._is_rounded(rows, real.T, None)
-    assert not write_onnx._is_rounded(rows, None, None)
+    scaled = _onnx_edit.Constant(values, scale * factor, 0)
+    assert _onnx_edit.is_rounded(scaled, real, factor)
+    assert not _onnx_edit.is_rounded(scaled, real, None)
+    assert not _onnx_edit.is_rounded(rows, real.T, None)
+    assert not _onnx_edit.is_rounded(rows, None, None)
     # One scale in all, and so small that the largest are clipped.
     step = np.float32(np.abs(real).max() / 14)
     clipped = np.clip(np.rint(real / step), -7, 7).astype("int8")
-    assert write_onnx._is_rounded(write_onnx.Constant(clipped, step, 0), real, None)
+    assert _onnx_edit.is_rounded(_onnx_edit.Constant(clipped, step, 0), real, None)
     clipped[0, 0] += 1
-    assert not write_onnx._is_rounded(write_onnx.Constant(clipped, step, 0), real, None)
+    assert not _onnx_edit.is_rounded(_onnx_edit.Constant(clipped, step, 0), real, None)
 
 
 def test_tensors_are_matched_by_what_they_hold() -> None:
