@@ -136,7 +136,7 @@ def _run_model(
         times = layer_times(rows, target)
     console.print(layer_table(name, rows, times, {layer.name: layer for layer in accuracy.layers}))
     console.print(accuracy.table(worst=WORST))
-    for line in skip_lines(accuracy.layers_to_skip()):
+    for line in skip_lines(accuracy.layers_to_skip(limit=WORST)):
         console.print(line, markup=False, highlight=False)
     counts = topi_int8.library_counts(executable)
     console.print("in the library: " + _counts(counts.instructions), style="dim")
