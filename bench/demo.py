@@ -1,5 +1,8 @@
 """The demo: real networks quantized, compiled and run in int8, with torch's fp32 beside them.
 
+Calibrated and tested on real photographs where the extra `images` is installed, else on synthetic
+ones.
+
 python -m bench.demo [--models resnet18 resnet50] [--weights DEFAULT] [--threads 1]
 """
 

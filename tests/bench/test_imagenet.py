@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 pytest.importorskip("PIL", reason="Pillow is not installed (extra `images`)")
 from PIL import Image
 
+import topi_int8
 from bench import cli, imagenet
 from bench.imagenet_folder import Sample, find_samples
+from topi_int8.quantize import AccuracyReport, LayerAccuracy
 
 IDS = ("n01440764", "n01443537", "n01484850")
 
@@ -226,8 +228,19 @@ def accuracy(*args: str):
 
 
 @pytest.mark.model
-def test_the_command_on_a_small_folder(tmp_path: Path) -> None:
+def test_the_command_on_a_small_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed (extra `torch`)")
+    # The report of layers has tests of its own, and compiles the network three times more.
+    layer = LayerAccuracy(
+        "conv2d_1", "t", 30.0, 1.0, 0.1, None, (), "conv2d", 12.5, None, (), is_int8=True
+    )
+    shapes: list[tuple[int, ...]] = []
+
+    def report_of(fp32, int8, data, **_):
+        shapes.extend(x.shape for x in data)
+        return AccuracyReport((layer,), (), len(shapes))
+
+    monkeypatch.setattr(topi_int8, "accuracy_report", report_of)
     for i in range(7):
         picture(tmp_path / "val" / f"ILSVRC2012_val_{i}.JPEG", i)
     lines = [f"ILSVRC2012_val_{i}.JPEG {i % 3}" for i in range(7)]
@@ -235,8 +248,8 @@ def test_the_command_on_a_small_folder(tmp_path: Path) -> None:
     out, layers, plot = (tmp_path / name for name in ("out.json", "layers.json", "layers.png"))
     done = accuracy(
         "--imagenet", str(tmp_path), "--network", "squeezenet1_1", "--image", "40", "--batch", "2",
-        "--calibration", "2", "--skip", "conv2d_0", "--isa", "generic", "--layers", str(layers), "--plot", str(plot),
-        "--json", str(out),
+        "--calibration", "2", "--skip", "conv2d_0", "--layers", str(layers),
+        "--plot", str(plot), "--json", str(out),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "top-5" in done.output and "of 5 images" in done.output and "Seeded" in done.output
@@ -244,8 +257,8 @@ def test_the_command_on_a_small_folder(tmp_path: Path) -> None:
     assert document["command"] == "accuracy" and document["options"]["skip"] == ["conv2d_0"]
     both = document["accuracy"]
     assert both["fp32"]["images"] == both["int8"]["images"] == 5 >= document["same_top1"] >= 3
-    found = json.loads(layers.read_text())
-    assert found["items"] == 3 and not found["layers"][0]["is_int8"]
+    assert shapes == [(2, 3, 40, 40)] * 3 and "skip conv2d_1: its own SQNR" in done.output
+    assert AccuracyReport.from_json(layers.read_text()).layers == (layer,)
     assert plot.stat().st_size > 5000
 
 
