@@ -201,7 +201,8 @@ def _devkit_ids(meta: Path) -> dict[str, str]:
     except ImportError as error:
         raise ValueError(f"{meta} needs scipy: pip install 'topi_int8[images]'") from error
     rows = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
-    return {str(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if not row["num_children"]}
+    leaves = (row for row in rows if not row["num_children"])
+    return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in leaves}
 
 
 # The first that is there says the classes.

@@ -84,7 +84,7 @@ class Accuracy:
     stored : Stored or None
         The range it is stored in; None: float32.
     worst_channels : tuple of Channel
-        The three of least SQNR, worst first.
+        The three of least SQNR, worst first, of those that have a signal.
     """
 
     name: str
@@ -264,5 +264,5 @@ def _reason(layer: LayerAccuracy, int8: Iterable[LayerAccuracy], median: float) 
             if other is not layer and any(x.tensor == stored.tensor for x in other.inputs)
         ]  # fmt: skip
         if others:
-            parts.append(f"{stored.tensor} stays in 8 bits while {', '.join(others)} reads it too")
+            parts.append(f"{stored.tensor} stays in 8 bits for {', '.join(others)} as well")
     return "; ".join(parts)

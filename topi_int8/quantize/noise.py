@@ -72,12 +72,14 @@ class Noise:
     def worst(self, count: int) -> list[tuple[int, float, float]]:
         """Return (channel, SQNR in dB, share of all noise) of those of least SQNR, worst first.
 
-        Channels without noise are left out. One that should be all zero and is not has -inf dB.
+        Channels without noise are left out, and those that are all zero in the reference: dead ones
+        would stand before all others with -inf dB, however little noise they have.
         """
-        return sorted(self._noisy_channels(), key=lambda channel: channel[1])[:count]
+        alive = [channel for channel in self._noisy_channels() if channel[1] > -math.inf]
+        return sorted(alive, key=lambda channel: channel[1])[:count]
 
     def noisiest(self) -> tuple[int, float, float] | None:
-        """Return the same of the channel with most noise; None where there is none."""
+        """Return the same of the channel with most noise, dead ones too; None without noise."""
         return max(self._noisy_channels(), key=lambda channel: channel[2], default=None)
 
     def _noisy_channels(self) -> list[tuple[int, float, float]]:

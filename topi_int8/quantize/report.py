@@ -165,7 +165,7 @@ class _Comparison:
         axes = {chain.stored: chain.channel_axis for chain in self.chains}
         source = {pair.dequantized: pair.tensor for pair in self.pairs.values()}
         found = []
-        for result in _flat(graph.values.get(graph.func.body.body, graph.func.body.body)):
+        for result in _results(graph, graph.func.body.body):
             name = result.name if isinstance(result, relax.Var) else "constant"
             # Channels of what no layer makes: the second axis, as in (N, classes) and NCHW.
             axis = axes.get(name, 1 if int(result.ty.ndim) > 1 else None)
@@ -249,10 +249,11 @@ def _check_same_network(reference: Graph, tensors: Iterable[str]) -> None:
         )
 
 
-def _flat(result: Any) -> list[Any]:
-    """Return the tensors of a result, a tuple's one after the other."""
-    if isinstance(result, relax.Tuple):
-        return [tensor for field in result.fields for tensor in _flat(field)]
+def _results(graph: Graph, result: Any) -> list[Any]:
+    """Return the tensors of a result, those of tuples one after the other."""
+    value = graph.values.get(result) if isinstance(result, relax.Var) else result
+    if isinstance(value, relax.Tuple):
+        return [tensor for field in value.fields for tensor in _results(graph, field)]
     return [result]
 
 
