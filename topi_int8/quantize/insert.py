@@ -32,7 +32,7 @@ def insert_qdq(
     qparams : mapping
         Parameters of every tensor of ``plan.tensors``.
     weight_bits : int
-        8 or 7.
+        A key of `WEIGHT_MAX`.
     """
     weights = _weights(plan, qparams, weight_bits)
     func = _Inserter(mod, plan, qparams, weights).visit_expr(graph.func)

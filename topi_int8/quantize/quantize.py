@@ -97,7 +97,9 @@ def quantize(
     weight_bits : int
         8, or 7: weights in [-63, 63], with which vpmaddubsw is proven not to saturate. Faster on
         CPUs without VNNI (AVX2, AVX-512BW), a little less accurate; ONNX Runtime's
-        ``reduce_range``.
+        ``reduce_range``. 4 and 2: [-7, 7] and [-1, 1], int8 in the graph all the same; kernels that
+        read packed weights find that they fit. Without training 2 bits are of no use
+        (docs/bit_widths.md).
     target : tvm.target.Target, optional
         Where calibration runs; this machine by default.
     progress : bool
@@ -118,7 +120,10 @@ def quantize(
             f"activation_dtype is {activation_dtype!r}; allowed: {', '.join(INT8_DTYPES)}"
         )
     if weight_bits not in WEIGHT_MAX:
-        raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 7, 8")
+        allowed = ", ".join(map(str, sorted(WEIGHT_MAX)))
+        why = " (one bit has no zero, with which kernels fill up channels)"
+        why = why if weight_bits == 1 else ""
+        raise ValueError(f"weight_bits is {weight_bits!r}; allowed: {allowed}{why}")
     make = make_observer(method)
     prepared = prepare(mod)
     graph = Graph(prepared)
