@@ -13,6 +13,7 @@ from rich.table import Table
 
 from . import (
     arm_core,
+    cli_bits,
     cli_networks,
     cli_reports,
     compare,
@@ -74,7 +75,7 @@ from .run import Options, make_rivals
 from .shape_lines import SHAPES_DIR, read_shapes
 
 # Importing them registers their commands.
-__all__ = ["app", "cli_networks", "cli_reports", "main"]
+__all__ = ["app", "cli_bits", "cli_networks", "cli_reports", "main"]
 
 
 def _bench(

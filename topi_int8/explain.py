@@ -22,6 +22,7 @@ from .transform.fuse_elementwise import declined
 from .transform.lower import Lower, decide
 from .transform.pipeline import integer_passes
 from .transform.schedule_rest import ScheduleRest, unscheduled
+from .workload import TOO_WIDE
 
 __all__ = ["Explanation", "LibraryCounts", "Other", "Row", "explain", "library_counts"]
 
@@ -67,11 +68,15 @@ def explain(
         mod = tvm.transform.Sequential(integer_passes(target, layout))(mod)
         rows: list[Row] = []
         others: Counter = Counter()
+        wide: Counter = Counter()
         floats = Counter(declined(mod))
 
         def visit(call: Any) -> None:
             name = op.op_name(call)
             if not name:
+                return
+            if (dtype := _quantized_type(call)) in TOO_WIDE:
+                wide[name, dtype] += 1
                 return
             if not (op.is_op(call, "conv2d") or op.is_op(call, "matmul")):
                 others[name] += 1
@@ -117,12 +122,25 @@ def explain(
                 Other(name, count, f"{_PLAIN}, in float: {reason}")
                 for (name, reason), count in sorted(floats.items())
             ),
+            *(
+                Other(name, count, f"SLOW: {dtype}, and float between: {TOO_WIDE[dtype]}")
+                for (name, dtype), count in sorted(wide.items())
+            ),
         ),
         unscheduled(final),
     )
     if show:
         explanation.show()
     return explanation
+
+
+def _quantized_type(call: Any) -> str:
+    """Return the integer type of a quantize, or of an activation's dequantize; "" for others."""
+    name = op.op_name(call)
+    if name == "relax.quantize":
+        return str(call.attrs.out_dtype)
+    is_activation = name == "relax.dequantize" and isinstance(call.args[0], relax.Var)
+    return str(call.args[0].ty.dtype) if is_activation else ""
 
 
 def library_counts(executable: Any) -> LibraryCounts:

@@ -207,6 +207,11 @@ def test_calibration_items_may_be_arrays_tuples_and_dicts() -> None:
         (dict(calibration=[np.full(SHAPE, np.nan)]), "infinite or NaN"),
         (dict(method="magic"), "method is 'magic'"),
         (dict(activation_dtype="int4"), "activation_dtype is 'int4'"),
+        (
+            dict(activation_dtype="int16"),
+            r"activation_dtype is 'int16'; allowed: uint8, int8 \(products of int16 .* leave int32",
+        ),
+        (dict(activation_dtype="int32"), r"allowed: uint8, int8 \(no kernel here multiplies int32"),
         (dict(skip=["conv2d_9"]), "skip holds 'conv2d_9'; allowed: conv2d_0"),
     ],
 )  # fmt: skip

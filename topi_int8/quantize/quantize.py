@@ -11,7 +11,7 @@ import tvm
 from tvm import relax
 
 from ..op import op_name
-from ..workload import INT8_DTYPES
+from ..workload import INT8_DTYPES, TOO_WIDE
 from .calibrate import calibrate
 from .graph import LAYER_STEMS, Graph, constant, prepare
 from .insert import insert_qdq
@@ -116,8 +116,9 @@ def quantize(
         An argument is not what is allowed; the message names it.
     """
     if activation_dtype not in INT8_DTYPES:
+        why = f" ({TOO_WIDE[activation_dtype]})" if activation_dtype in TOO_WIDE else ""
         raise ValueError(
-            f"activation_dtype is {activation_dtype!r}; allowed: {', '.join(INT8_DTYPES)}"
+            f"activation_dtype is {activation_dtype!r}; allowed: {', '.join(INT8_DTYPES)}{why}"
         )
     if weight_bits not in WEIGHT_MAX:
         allowed = ", ".join(map(str, sorted(WEIGHT_MAX)))
