@@ -14,6 +14,7 @@ from rich.table import Table
 from . import (
     arm_core,
     cli_accuracy,
+    cli_bits,
     cli_networks,
     cli_parity,
     cli_reports,
@@ -76,7 +77,9 @@ from .run import Options, make_rivals
 from .shape_lines import SHAPES_DIR, read_shapes
 
 # Importing them registers their commands.
-__all__ = ["app", "cli_accuracy", "cli_networks", "cli_parity", "cli_reports", "main"]
+__all__ = [
+    "app", "cli_accuracy", "cli_bits", "cli_networks", "cli_parity", "cli_reports", "main"
+]  # fmt: skip
 
 
 def _bench(

@@ -46,7 +46,7 @@ TvmLimit = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help=f"Data and weight: {', '.join(workloads.DTYPES)}.")]
 WeightBits = Annotated[
-    int, typer.Option(help="8, or 7: weights that vpmaddubsw cannot saturate on.")
+    int, typer.Option(help="8, or 7: weights that vpmaddubsw cannot saturate on; 4, 2.")
 ]
 EpilogueText = Annotated[
     str, typer.Option(help="As bias+relu+u8 (the default), bias+sum+relu+s8, s32.")

@@ -30,7 +30,7 @@ class Options:
     dtype, epilogue : str
         See `workloads.make`.
     weight_bits : int
-        8, or 7: weights in [-64, 64], which vpmaddubsw cannot saturate on.
+        8; 7: weights in [-64, 64], which vpmaddubsw cannot saturate on; 4, 2: in [-7, 7], [-1, 1].
     threads : int
     min_time : float
         Seconds each engine is sampled a layer, over all rounds.
@@ -59,7 +59,8 @@ class Options:
         if self.epilogue:
             workloads.parse_epilogue(self.epilogue)
         if self.weight_bits not in workloads.WEIGHT_RANGES:
-            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 7, 8")
+            allowed = ", ".join(map(str, workloads.WEIGHT_RANGES))
+            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: {allowed}")
         if not self.min_time > 0:
             raise ValueError(f"min_time is {self.min_time}; allowed: seconds > 0")
         for name in ("threads", "rounds"):

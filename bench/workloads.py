@@ -20,7 +20,7 @@ DTYPES = {
 }
 OUTPUTS = {"u8": "uint8", "s8": "int8", "s32": "int32", "f32": "float32"}
 # Bounds of the random weights; kernels are told them, as they are told a model's.
-WEIGHT_RANGES = {7: (-64, 64), 8: (-127, 127)}
+WEIGHT_RANGES = {2: (-1, 1), 4: (-7, 7), 7: (-64, 64), 8: (-127, 127)}
 _STEPS = ("bias", "relu", "sum")
 
 

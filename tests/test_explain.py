@@ -12,11 +12,12 @@ from rich.console import Console
 from tvm import relax
 
 import topi_int8
+from tests import graphs, reference
 from topi_int8 import explain, library_counts, strategy
 from topi_int8.explain import Explanation
 from topi_int8.explanation import _ranges
 from topi_int8.target import isa_target, named
-from topi_int8.workload import Conv2dWorkload
+from topi_int8.workload import Conv2dWorkload, Epilogue
 
 NN = relax.op.nn
 RNG = np.random.default_rng(2)
@@ -300,3 +301,32 @@ def test_arms_products_are_those_on_vectors(core: str, products: set[str]) -> No
     func = strategy.conv2d(work, named(core)).kernel().func.with_attr("global_symbol", "main")
     counts = library_counts(tvm.compile(tvm.IRModule({"main": func}), target=named(core)))
     assert set(counts.instructions) == products
+
+
+def test_activations_that_are_too_wide_are_named() -> None:
+    """They run, in float, and it is said why."""
+    rng, dtype = np.random.default_rng(0), "int16"
+    weight = rng.integers(-127, 128, (8, 8, 3, 3)).astype("int8")
+
+    def body(emit, x):
+        one, zero = relax.const(np.float32(1e-4)), relax.const(np.array(0, dtype))
+        q = emit(relax.op.quantize(x, one, zero, out_dtype=dtype))
+        real = emit(relax.op.dequantize(q, one, zero))
+        steps = relax.const(np.full(8, 0.01, "float32")), relax.const(np.zeros(8, "int8"))
+        w = emit(relax.op.dequantize(relax.const(weight), *steps, axis=0))
+        return emit(relax.op.nn.conv2d(real, w, padding=1))
+
+    mod = graphs.build((1, 8, 10, 10), body)
+    explanation = quiet(mod, "avx2")
+    notes = {other.op: other.note for other in explanation.others}
+    for name in ("relax.quantize", "relax.dequantize"):
+        assert notes[name].startswith(f"SLOW: {dtype}, and float between: products of int16 with")
+    assert all(row.work.is_float for row in explanation.rows)
+    x = rng.uniform(-3, 3, (1, 8, 10, 10)).astype("float32")
+    vm = relax.VirtualMachine(tvm.compile(mod, isa_target("avx2")), tvm.cpu())
+    got = vm["main"](tvm.runtime.tensor(x)).numpy()
+    work = Conv2dWorkload(1, 8, 10, 10, 8, 3, 3, padding=(1, 1, 1, 1), data_dtype="float32",
+                          weight_dtype="float32", epilogue=Epilogue("float32"))  # fmt: skip
+    real = (np.rint(x / np.float32(1e-4)) * 1e-4).astype("float32")
+    want = reference.conv2d(work, real, weight.astype("float32") * np.float32(0.01))
+    assert graphs.sqnr(want, got) > 80

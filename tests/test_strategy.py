@@ -35,9 +35,15 @@ WINOGRAD = ("winograd_avx512_bw", "winograd_avx2")
 STEMS = {"conv2d": "conv2d_nchwc", "matmul": "matmul", "conv2d_nhwc": "conv2d_nhwc"}
 
 
-def suffixes(op: str) -> list[str]:
+# Before whose rows stand those on weights of fewer bits, for weights that are proven to fit.
+UNPACKING = ("amx_int8", "avx512_vnni", "avx_vnni")
+
+
+def suffixes(op: str, packed: bool = False) -> list[str]:
     """Return the rows of x86, each F(2x2, 3x3) before the direct sums of its instruction set."""
     names = list(SUFFIXES)
+    for name in UNPACKING if packed else ():
+        names[names.index(name) : names.index(name)] = [f"{name}_2bit", f"{name}_4bit"]
     for name in WINOGRAD if op == "conv2d" else ():
         names.insert(names.index(name.removeprefix("winograd_") + "_7bit"), name)
     return names
@@ -52,7 +58,7 @@ def conv(change: dict) -> Conv2dWorkload:
 
 @pytest.mark.parametrize(("op", "stem"), STEMS.items())
 def test_order(op, stem):
-    *x86, generic = suffixes(op)
+    *x86, generic = suffixes(op, packed=True)
     names = [f"{stem}_{suffix}" for suffix in (*x86, *ARM_SUFFIXES, generic)]
     assert [row.name for row in STRATEGIES if row.op == op] == names
 

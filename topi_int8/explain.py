@@ -24,6 +24,7 @@ from .transform.fuse_elementwise import declined
 from .transform.lower import Lower, decide
 from .transform.pipeline import integer_passes
 from .transform.schedule_rest import ScheduleRest, unscheduled
+from .workload import TOO_WIDE
 
 __all__ = ["Explanation", "LibraryCounts", "Other", "Row", "explain", "library_counts"]
 
@@ -86,11 +87,15 @@ def explain(
         rows: list[Row] = []
         others: Counter = Counter()
         slow: dict[str, list[str]] = {name: [] for name in _SLOW}
+        wide: Counter = Counter()
         floats = Counter(declined(mod))
 
         def visit(call: Any) -> None:
             name = op.op_name(call)
             if not name:
+                return
+            if (dtype := _quantized_type(call)) in TOO_WIDE:
+                wide[name, dtype] += 1
                 return
             if not (op.is_op(call, "conv2d") or op.is_op(call, "matmul")):
                 others[name] += 1
@@ -141,6 +146,10 @@ def explain(
                 Other(name, count, f"{_PLAIN}, in float: {reason}")
                 for (name, reason), count in sorted(floats.items())
             ),
+            *(
+                Other(name, count, f"SLOW: {dtype}, and float between: {TOO_WIDE[dtype]}")
+                for (name, dtype), count in sorted(wide.items())
+            ),
         ),
         unscheduled(final),
     )
@@ -153,6 +162,15 @@ def _listed(names: list[str]) -> str:
     """Return some names, and how many more there are."""
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return ", ".join(names[:_NAMES]) + more
+
+
+def _quantized_type(call: Any) -> str:
+    """Return the integer type of a quantize, or of an activation's dequantize; "" for others."""
+    name = op.op_name(call)
+    if name == "relax.quantize":
+        return str(call.attrs.out_dtype)
+    is_activation = name == "relax.dequantize" and isinstance(call.args[0], relax.Var)
+    return str(call.args[0].ty.dtype) if is_activation else ""
 
 
 def library_counts(executable: Any) -> LibraryCounts:

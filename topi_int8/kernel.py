@@ -16,10 +16,14 @@ import numpy as np
 from intrinsics.arm_dot import PRODUCTS, ArmProduct
 from intrinsics.compat import STATES
 from intrinsics.x86_dot import DOT_INTRINSICS, DotIntrinsic
+from intrinsics.x86_unpack import BITS as PACKED_BITS
+from intrinsics.x86_unpack import FEATURE as UNPACKS
+from intrinsics.x86_unpack import bounds as packed_bounds
 
 from .compute import winograd as compute_winograd
-from .compute.conv2d import PackedConv2d, window_taps
+from .compute.conv2d import PackedConv2d
 from .compute.depthwise import PackedDepthwise
+from .compute.weights import window_taps
 from .compute.winograd import PackedWinograd
 from .layout import Layout, round_up
 from .schedule import (
@@ -34,6 +38,9 @@ from .schedule import (
 from .schedule.depthwise import DepthwisePlan, choose_strip
 from .target import Features
 from .workload import Conv2dWorkload, MatmulWorkload
+
+# PACKED_BITS: of weights that kernels unpack; UNPACKS: what a target must have for it.
+__all__ = ["PACKED_BITS", "STATES", "UNPACKS", "Blocks", "Kernel", "packed_bounds"]
 
 
 @dataclass(frozen=True)
@@ -243,16 +250,16 @@ def _widened(block: int, step: int) -> int:
 
 def _spatial_pack(
     work: Workload, blocks: Blocks, lanes: int, k: int, dtypes: tuple[str, str],
-    registers: int, uops: int, intrinsic: DotIntrinsic | None,
+    registers: int, uops: int, intrinsic: DotIntrinsic | None, weight_bits: int = 8,
 ) -> Kernel:  # fmt: skip
     """Build the broadcast-dot convolution or matmul."""
     conv_work, out_block = work, blocks.out
     if isinstance(work, MatmulWorkload):
         conv_work, out_block = matmul_as_conv(work)
-    widened = _widened(blocks.data, k)
     packing = PackedConv2d(
-        conv_work, blocks.data, out_block, lanes, k, *dtypes, widened=widened,
-        kw_inside=uops == 1, out_store=blocks.stored,
+        conv_work, blocks.data, out_block, lanes, k, *dtypes,
+        widened=_widened(blocks.data, k * 8 // weight_bits), kw_inside=uops == 1,
+        out_store=blocks.stored, weight_bits=weight_bits,
     )  # fmt: skip
     per_group = packing.out_blocks // packing.super_groups
     stated = STATES and intrinsic is not None and not blocks.scheduled
@@ -275,13 +282,17 @@ def _kernel(work: Workload, blocks: Blocks, plan: Plan) -> Kernel:
     return Kernel(packers, plan, packing.data_layout, packing.out_layout)
 
 
-def build_dot(name: str) -> Build:
-    """Return the builder of the broadcast dot product of that name (x86)."""
+def build_dot(name: str, weight_bits: int = 8) -> Build:
+    """Return the builder of the broadcast dot product of that name (x86), on weights of so many
+    bits in memory.
+    """
 
     def build(work: Workload, blocks: Blocks, _feats: Features, _ask: bool) -> Kernel:
         dot: DotIntrinsic = DOT_INTRINSICS[name]
+        # Of packed weights, what is not unpacked yet takes registers, too.
+        registers = dot.registers - (0 if weight_bits == 8 else 2)
         return _spatial_pack(
-            work, blocks, dot.n, dot.k, (dot.a, dot.b), dot.registers, dot.uops, dot
+            work, blocks, dot.n, dot.k, (dot.a, dot.b), registers, dot.uops, dot, weight_bits
         )
 
     return build
@@ -343,19 +354,24 @@ def build_vector(work: Workload, blocks: Blocks, feats: Features, _ask: bool) ->
     )
 
 
-def build_amx(work: Workload, blocks: Blocks, feats: Features, ask: bool) -> Kernel:
+def build_amx(
+    work: Workload, blocks: Blocks, feats: Features, ask: bool, weight_bits: int = 8
+) -> Kernel:
     """Build the convolution on AMX tiles; `ask`: it asks Linux for tile state when it starts."""
     conv_work, out_block = work, blocks.out
     if isinstance(work, MatmulWorkload):
         conv_work, out_block = matmul_as_conv(work)
     # Whole steps of 64 channels where a block has more than one of them.
-    widened = _widened(blocks.data, 64 if blocks.data > 64 else 4)
-    window = not blocks.plain and x86_amx.wants_window(conv_work, blocks.data)
-    weight = work.weight_dtype if work.weight_zero_point == 0 else "int8"
+    widened = _widened(blocks.data, 64 if blocks.data > 64 else 4 * 8 // weight_bits)
+    window = not blocks.plain and weight_bits == 8
+    window = window and x86_amx.wants_window(conv_work, blocks.data)
+    same = work.weight_zero_point == 0 and weight_bits == 8
+    weight = work.weight_dtype if same else "int8"
     packing = PackedConv2d(
         conv_work, blocks.data, out_block, 16, 4, work.data_dtype, weight,
         widened=widened, window=window, out_store=blocks.stored,
         window_rows=x86_amx.choose_window_rows(conv_work, blocks.data) if window else 1,
+        weight_bits=weight_bits,
     )  # fmt: skip
     packing = replace(packing, phases=x86_amx.wants_phases(packing))
     plan = x86_amx.AmxPlan(x86_amx.choose_pipeline(packing, narrows=feats.has("avx512_bw")), ask)

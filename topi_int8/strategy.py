@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from .kernel import (
+    PACKED_BITS,
     STATES,
+    UNPACKS,
     Blocks,
     Build,
     Kernel,
@@ -28,6 +30,7 @@ from .kernel import (
     build_x86_depthwise,
     declines_winograd,
     default_blocks,
+    packed_bounds,
 )
 from .target import GENERIC, ISAS, X86_ISAS, Features, features
 from .workload import Conv2dWorkload, MatmulWorkload
@@ -69,6 +72,9 @@ class Strategy:
     borders : bool
         Whether it can write a border around its output, and read a residual with one
         (`Conv2dWorkload.out_border`, `residual_border`).
+    weight_bits : int
+        Bits of a weight in memory. A row of fewer than 8 is asked where all weights are proven to
+        fit, and not mentioned elsewhere.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Strategy:
     transforms: bool = False
     alone: bool = False
     borders: bool = False
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.op not in _OPS:
@@ -188,6 +195,30 @@ def _declines_winograd(lanes: int) -> Accepts:
     return declines
 
 
+def _fit(work: Workload, bits: int) -> bool:
+    """Whether weights, their zero point subtracted, are known to fit so many bits."""
+    if work.weight_range is None:
+        return False
+    lowest, highest = packed_bounds(bits)
+    low, high = (bound - work.weight_zero_point for bound in work.weight_range)
+    return lowest <= low and high <= highest
+
+
+def _declines_packed(bits: int, declines: Accepts, worthwhile: Accepts) -> Accepts:
+    """Return the reasons for no of a kernel that unpacks weights: that of the same kernel on bytes,
+    and where it would not be the faster.
+    """
+
+    def packed(work: Workload, feats: Features) -> str | None:
+        if not _fit(work, bits):
+            return f"weights are not known to fit {bits} bits"
+        if not feats.has(UNPACKS):
+            return f"target lacks {UNPACKS}, which unpacks weights"
+        return declines(work, feats) or worthwhile(work, feats)
+
+    return packed
+
+
 def _declines_folded(work: Workload, _feats: Features) -> str | None:
     return None if work.weight_zero_point == 0 else _weights_not_int8(work)
 
@@ -202,6 +233,26 @@ def _declines_amx(work: Workload, feats: Features) -> str | None:
     if few and feats.has("avx512_vnni") and _declines_dot(work, feats) is None:
         return f"{work.m} rows: vpdpbusd reads weights faster than tiles do"
     return _declines_folded(work, feats)
+
+
+# Output pixels up to which packed weights are the faster: reading weights is what takes the time.
+# Measured on Granite Rapids with weights that are in no cache of the core, bytes to 4 bits. Tiles:
+# 3x3 512-512 @7x7 0.80x, 1x1 512-2048 @7x7 0.81x, 32x768x3072 0.79x, but 64x768x768 1.09x and
+# 3x3 256-256 @14x14 1.17x. vpdpbusd: 1x2048x1000 0.51x, 8x768x3072 0.67x, 16 rows 0.91x, 49 1.04x.
+PACKED_PIXELS = {"amx_int8": 49, "avx512_vnni": 8, "avx_vnni": 8}
+
+
+def _worthwhile(isa: str) -> Accepts:
+    """Return the reason for no where unpacking costs more than reading half the bytes saves."""
+
+    def worthwhile(work: Workload, _feats: Features) -> str | None:
+        matmul = isinstance(work, MatmulWorkload)
+        pixels = work.m if matmul else work.n * work.oh * work.ow
+        if pixels <= PACKED_PIXELS[isa]:
+            return None
+        return f"{pixels} {'rows' if matmul else 'pixels'} use each weight: bytes are the faster"
+
+    return worthwhile
 
 
 def _declines_mmla(work: Workload, feats: Features) -> str | None:
@@ -296,6 +347,9 @@ _DOT_ROWS: tuple[tuple[str, str, str, Accepts], ...] = (
 # of 36 : 16 nothing is left behind the transforms.
 _WINOGRAD = {"avx512_bw": 16, "avx2": 8}
 
+# Instruction sets whose kernels read weights of fewer than 8 bits.
+_UNPACKING = ("avx512_vnni", "avx_vnni")
+
 
 def _dot_rows(stem: str, op: str) -> list[Strategy]:
     """Return the rows of the broadcast dot products, each set's F(2x2, 3x3) before its direct sums.
@@ -312,10 +366,18 @@ def _dot_rows(stem: str, op: str) -> list[Strategy]:
                     transforms=True,
                 )
             )
+        borders = op == "conv2d" and STATES
+        for bits in sorted(PACKED_BITS) if isa in _UNPACKING else ():
+            why_not = _declines_packed(bits, declines, _worthwhile(isa))
+            rows.append(
+                Strategy(
+                    f"{stem}_{suffix}_{bits}bit", op, isa, name, why_not, build_dot(name, bits),
+                    alone=True, borders=borders, weight_bits=bits,
+                )
+            )
         rows.append(
             Strategy(
-                f"{stem}_{suffix}", op, isa, name, declines, build_dot(name),
-                borders=op == "conv2d" and STATES,
+                f"{stem}_{suffix}", op, isa, name, declines, build_dot(name), borders=borders
             )
         )
     return rows
@@ -333,6 +395,15 @@ def _rows(op: str) -> tuple[Strategy, ...]:
             for isa in ("neon", "armv7_neon")
         ),
         Strategy(f"{stem}_float32", f"{op}_float32", "generic", "fma", _always, build_vector),
+        *(
+            Strategy(
+                f"{stem}_amx_int8_{bits}bit", op, "amx_int8", "dot_amx_int8",
+                _declines_packed(bits, _declines_amx, _worthwhile("amx_int8")),
+                partial(build_amx, weight_bits=bits), alone=True, borders=op == "conv2d",
+                weight_bits=bits,
+            )
+            for bits in sorted(PACKED_BITS)
+        ),
         Strategy(
             f"{stem}_amx_int8", op, "amx_int8", "dot_amx_int8", _declines_amx, build_amx,
             borders=op == "conv2d",
@@ -398,7 +469,12 @@ def _decide(
     feats = target if isinstance(target, Features) else features(target)
     declined: list[tuple[str, str]] = []
     for row in STRATEGIES:
-        if row.op != op or not _of_this_arch(row, feats):
+        if row.op != op or not (row.weight_bits == 8 or _fit(work, row.weight_bits)):
+            continue
+        if not _of_this_arch(row, feats):
+            if row.weight_bits < 8:
+                reason = f"target lacks {row.isa}: on {feats.arch} weights of few bits are bytes"
+                declined.append((row.name, reason))
             continue
         reason = row.accepts(work, feats)
         if reason is None and plain and row.transforms:

@@ -32,7 +32,9 @@ LEVELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 # Features beyond the levels that a kernel, or LLVM on its behalf, may use.
-BEYOND_LEVELS = ("avx512vnni", "avx512vbmi", "avx512vbmi2", "avxvnni", "amx-tile", "amx-int8")
+BEYOND_LEVELS = (
+    "avx512vnni", "avx512vbmi", "avx512vbmi2", "avxvnni", "gfni", "amx-tile", "amx-int8",
+)  # fmt: skip
 ARM_FEATURES = ("neon", "dotprod", "i8mm")
 
 # LLVM's name -> the flag in /proc/cpuinfo, where they differ.
@@ -117,14 +119,14 @@ X86_ISAS: tuple[Isa, ...] = (
         needs=(frozenset({"amx-tile", "amx-int8"}),),
         level="x86-64-v4",
         adds=("avx512vnni", "avxvnni", "amx-tile", "amx-int8"),
-        host_adds=_BYTE_PERMUTES,
+        host_adds=(*_BYTE_PERMUTES, "gfni"),
     ),
     Isa(
         "avx512_vnni",
         needs=(frozenset({*_AVX512, "avx512vnni"}),),
         level="x86-64-v4",
         adds=("avx512vnni",),
-        host_adds=("avxvnni", *_BYTE_PERMUTES),
+        host_adds=("avxvnni", *_BYTE_PERMUTES, "gfni"),
     ),
     Isa(
         # 256-bit vpdpbusd: VEX-encoded, or EVEX-encoded where AVX-512 VNNI has the short vectors.
@@ -132,6 +134,7 @@ X86_ISAS: tuple[Isa, ...] = (
         needs=(frozenset({"avx2", "avxvnni"}), frozenset({"avx512vnni", "avx512vl"})),
         level="x86-64-v3",
         adds=("avxvnni",),
+        host_adds=("gfni",),
     ),
     Isa(
         "avx512_bw",

@@ -28,6 +28,13 @@ INT8_DTYPES = ("uint8", "int8")
 OUT_DTYPES = ("uint8", "int8", "int32", "float32")
 DTYPE_RANGE = {"uint8": (0, 255), "int8": (-128, 127), "int32": (-(2**31), 2**31 - 1)}
 
+# Types of activations that no kernel takes, and what they lack.
+TOO_WIDE = {
+    "int16": "products of int16 with int8 leave int32 after 516 of them, and no kernel here sums "
+    "in parts or in 64 bits",
+    "int32": "no kernel here multiplies int32, whose products with int8 leave int32 at once",
+}
+
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise ValueError that names the argument, its value and what is allowed."""

@@ -12,8 +12,9 @@ from tvm import te
 from tests import kernels, reference
 from tests.grid import DEPTHWISE, DTYPES, MATMULS, SHAPES
 from topi_int8.compute import pack
-from topi_int8.compute.conv2d import PackedConv2d, window_taps
+from topi_int8.compute.conv2d import PackedConv2d
 from topi_int8.compute.depthwise import PackedDepthwise
+from topi_int8.compute.weights import window_taps
 from topi_int8.kernel import MatmulPacking
 from topi_int8.strategy import LAYOUTS, declines_nhwc
 from topi_int8.target import isa_target

@@ -207,6 +207,11 @@ def test_calibration_items_may_be_arrays_tuples_and_dicts() -> None:
         (dict(calibration=[np.full(SHAPE, np.nan)]), "infinite or NaN"),
         (dict(method="magic"), "method is 'magic'"),
         (dict(activation_dtype="int4"), "activation_dtype is 'int4'"),
+        (
+            dict(activation_dtype="int16"),
+            r"activation_dtype is 'int16'; allowed: uint8, int8 \(products of int16 .* leave int32",
+        ),
+        (dict(activation_dtype="int32"), r"allowed: uint8, int8 \(no kernel here multiplies int32"),
         (dict(skip=["conv2d_9"]), "skip holds 'conv2d_9'; allowed: conv2d_0"),
     ],
 )  # fmt: skip
@@ -255,6 +260,24 @@ def test_layer_errors_report_every_layer_of_int8_against_float() -> None:
     assert errors["conv2d_0"].sqnr == pytest.approx(graphs.sqnr(want, got), abs=0.2)
 
 
-def test_weight_bits_other_than_7_and_8_are_refused() -> None:
-    with pytest.raises(ValueError, match="weight_bits is 6; allowed: 7, 8"):
+def test_other_weight_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight_bits is 6; allowed: 2, 4, 7, 8$"):
         quantize(None, [], weight_bits=6)
+    with pytest.raises(ValueError, match=r"weight_bits is 1; allowed: 2, 4, 7, 8 \(.* no zero"):
+        quantize(None, [], weight_bits=1)
+
+
+@pytest.mark.parametrize(("bits", "top"), [(4, 7), (2, 1)])
+def test_few_bits_stand_in_the_graph_as_int8_and_reach_the_workloads(bits: int, top: int) -> None:
+    mod = graphs.build(SHAPE, _residual)
+    qdq = quantize(mod, _inputs(4), weight_bits=bits, progress=False)
+    constants = [e.args[0] for _, e in graphs.bindings(qdq) if graphs.op_name(e) == "dequantize"]
+    weights = [c.value.numpy() for c in constants if hasattr(c, "value")]
+    weights = [w for w in weights if w.dtype == "int8"]
+    assert len(weights) == 4 and {int(np.abs(w).max()) for w in weights} == {top}
+    rows = topi_int8.explain(qdq, topi_int8.host_target(), show=False)
+    assert {row.work.weight_range for row in rows} == {(-top, top)}
+    x = _inputs(1, seed=4)[0]
+    vm = relax.VirtualMachine(tvm.compile(qdq, topi_int8.host_target()), tvm.cpu())
+    got = vm["main"](tvm.runtime.tensor(x)).numpy()
+    assert graphs.sqnr(simulate(qdq, x), got) > 50

@@ -18,7 +18,7 @@ from bench import arm_asm
 from intrinsics.arm_dot import PRODUCTS, ArmBlock
 from tests.grid import DTYPES
 from topi_int8 import kernel, strategy
-from topi_int8.compute.conv2d import window_taps
+from topi_int8.compute.weights import window_taps
 from topi_int8.schedule.arm import choose_block, choose_step, wants_flat, wants_window
 from topi_int8.target import Features, features, isa_target, named
 from topi_int8.workload import Conv2dWorkload, Epilogue

@@ -38,29 +38,14 @@ from typing import Any
 import numpy as np
 from tvm import te
 
+from intrinsics import x86_unpack
 from intrinsics.compat import dtype_of, tir, unknown_to_llvm
 from intrinsics.x86_narrow import PACK_ORDER, ROUND_BITS
 
 from ..layout import Layout
 from ..workload import Conv2dWorkload
 from .epilogue import Operands
-
-
-def window_taps(kw: int, block: int, k: int) -> int:
-    """Return the taps, kw or more, whose channels are a whole number of rows of k."""
-    return next(taps for taps in range(kw, kw + k) if taps * block % k == 0)
-
-
-def merge_groups(weight: np.ndarray, groups: int, super_groups: int) -> np.ndarray:
-    """Return an OIHW weight of `groups` as one of `super_groups`, block-diagonal."""
-    (oc, icg, kh, kw), per_super = weight.shape, groups // super_groups
-    merged = np.zeros((oc, per_super * icg, kh, kw), weight.dtype)
-    for group in range(groups):
-        rows = slice(group * oc // groups, (group + 1) * oc // groups)
-        at = (group % per_super) * icg
-        merged[rows, at : at + icg] = weight[rows]
-    return merged
-
+from .weights import in_windows, merge_groups, packed_steps, window_taps, with_wider_blocks
 
 PARTIALS = 4  # lanes of 32 bits in ARM's vectors
 
@@ -111,6 +96,9 @@ class PackedConv2d:
         Count sums from the bits of 1.5 * 2**23, which are a float32 then (`Epilogue.small_sums`),
         and keep weights, bias and multiplier of each 64 channels in the order in which four vectors
         of 16 are narrowed to them (`x86_narrow.PACK_ORDER`).
+    weight_bits : int
+        8; or 4 or 2, and steps that are neighbours of one vector of weights lie in one byte
+        (`x86_unpack.packed`). Statements unpack them; the computation in TE does not.
     """
 
     work: Conv2dWorkload
@@ -130,12 +118,20 @@ class PackedConv2d:
     kw_inside: bool = False
     partial: bool = False
     float_sums: bool = False
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
+        if self.weight_bits not in (8, *x86_unpack.BITS):
+            raise ValueError(f"weight_bits is {self.weight_bits}; allowed: 8, 4, 2")
+        if self.weight_bits < 8 and self.weight_dtype != "int8":
+            raise ValueError(f"weight_dtype is {self.weight_dtype}; allowed in fewer bits: int8")
         if self.out_block % self.lanes:
             raise ValueError(f"lanes is {self.lanes}; allowed: a divisor of {self.out_block}")
-        if self.step_block % self.k:
-            raise ValueError(f"k is {self.k}; allowed: a divisor of {self.step_block}")
+        if self.step_block % (self.k * self.packed):
+            several = f", {self.packed} weights in a byte" if self.packed > 1 else ""
+            raise ValueError(
+                f"k is {self.k}{several}; allowed: a divisor of {self.step_block}"
+            )
         if self.widened and (self.widened < self.in_block or self.window):
             raise ValueError(f"widened is {self.widened}; allowed: >= {self.in_block}, no window")
         if self.window and (self.in_blocks != 1 or self.work.dilation[1] != 1):
@@ -200,6 +196,11 @@ class PackedConv2d:
         if self.window:
             return self.in_block * self.window_rows * self.window_taps
         return self.widened or self.in_block
+
+    @property
+    def packed(self) -> int:
+        """Weights in a byte."""
+        return 8 // self.weight_bits
 
     @property
     def window_taps(self) -> int:
@@ -276,7 +277,7 @@ class PackedConv2d:
 
     @property
     def weight_size(self) -> int:
-        """Elements of the packed weight."""
+        """Elements of the packed weight, or bytes of several."""
         return math.prod(self.weight_shape)
 
     @property
@@ -284,11 +285,12 @@ class PackedConv2d:
         """Packed weight, in the order the inner loop reads it.
 
         (oc / lanes, kh, kw, blocks of ic, block / k, lanes, k); `kw_inside` swaps kw and blocks.
+        The fifth is fewer where several weights lie in a byte.
         """
         taps = self.ordered(self.taps_w, self.in_blocks_per_group)
         return (
             self.out_blocks * self.out_block // self.lanes,
-            self.taps_h, *taps, self.step_block // self.k, self.lanes, self.k,
+            self.taps_h, *taps, self.step_block // (self.k * self.packed), self.lanes, self.k,
         )  # fmt: skip
 
     @property
@@ -329,7 +331,7 @@ class PackedConv2d:
         Raises
         ------
         ValueError
-            If a weight zero point cannot be subtracted within the packed dtype.
+            If a weight zero point cannot be subtracted within the packed dtype, or bits.
         """
         w = self.work
         wide = weight if w.is_float else weight.astype("int32") - w.weight_zero_point
@@ -338,18 +340,9 @@ class PackedConv2d:
         dense = np.zeros((oc, blocks * self.in_block, w.kh, w.kw), wide.dtype)
         dense[: w.oc, : merged.shape[1]] = merged
         if self.window:
-            # (oc, i, kh, kw) -> (oc, kw * rows * i, taps_h, 1): as they lie side by side.
-            below = self.taps_h * self.window_rows - w.kh
-            dense = np.pad(dense, ((0, 0), (0, 0), (0, below), (0, self.window_taps - w.kw)))
-            split = dense.reshape(
-                oc, self.in_block, self.taps_h, self.window_rows, self.window_taps
-            )
-            dense = split.transpose(0, 4, 3, 1, 2).reshape(oc, self.step_block, self.taps_h, 1)
+            dense = in_windows(dense, self.taps_h, self.window_rows, self.window_taps)
         elif self.widened:
-            split = dense.reshape(oc, blocks, self.in_block, w.kh, w.kw)
-            extra = self.widened - self.in_block
-            dense = np.pad(split, ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0)))
-            dense = dense.reshape(oc, blocks * self.widened, w.kh, w.kw)
+            dense = with_wider_blocks(dense, self.in_block, self.widened)
         narrow = dense.astype(self.weight_dtype)
         if not np.array_equal(narrow, dense):
             raise ValueError(
@@ -359,7 +352,8 @@ class PackedConv2d:
         o, i = narrow.shape[0] // self.lanes, self.step_block // self.k
         narrow = self._in_kernel_order(narrow)
         split = narrow.reshape(o, self.lanes, blocks, i, self.k, self.taps_h, self.taps_w)
-        return np.ascontiguousarray(split.transpose(0, 5, *self.ordered(6, 2), 3, 1, 4))
+        ordered = np.ascontiguousarray(split.transpose(0, 5, *self.ordered(6, 2), 3, 1, 4))
+        return ordered if self.weight_bits == 8 else packed_steps(ordered, self.weight_bits)
 
     def pack_bias(self, bias: np.ndarray | None, weight: np.ndarray) -> np.ndarray:
         """Return the bias (out_blocks, out_block) with the zero point's compensation folded in.
@@ -440,6 +434,8 @@ def accumulate(
     rolled : str
         Axis of the reduction whose extent LLVM is not to know: "kh", "kw", "cb", "ik", or empty.
     """
+    if conv.weight_bits != 8:
+        raise ValueError(f"weight_bits is {conv.weight_bits}; allowed in TE: 8")
     w = conv.work
     acc_dtype = "float32" if w.is_float else "int32"
     source = pad_stage(conv, data) if conv.needs_pad else data

@@ -33,7 +33,7 @@ def insert_qdq(
     qparams : mapping
         Parameters of every tensor of ``plan.tensors``.
     weight_bits : int
-        8 or 7.
+        A key of `WEIGHT_MAX`.
     per_channel : bool
         False: weights and biases have one scale a tensor.
     """

@@ -8,7 +8,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from ..workload import INT8_DTYPES
+from ..workload import INT8_DTYPES, TOO_WIDE
 from .bias_correction import MODES, correct_biases, unbiased
 from .budget import AccuracyFunction, check_budget, within_budget
 from .calibrate import calibrate
@@ -73,7 +73,9 @@ def quantize(
     weight_bits : int
         8, or 7: weights in [-63, 63], with which vpmaddubsw is proven not to saturate. Faster on
         CPUs without VNNI (AVX2, AVX-512BW), a little less accurate; ONNX Runtime's
-        ``reduce_range``.
+        ``reduce_range``. 4 and 2: [-7, 7] and [-1, 1], int8 in the graph all the same; kernels that
+        read packed weights find that they fit. Without training 2 bits are of no use
+        (docs/bit_widths.md).
     per_channel : bool
         A weight scale for each output channel; False: one for the whole tensor, for which the
         weights of depthwise convolutions and of folded BatchNorms often differ too much.
@@ -116,11 +118,15 @@ def quantize(
         float32 layers keeps.
     """
     if activation_dtype not in INT8_DTYPES:
+        why = f" ({TOO_WIDE[activation_dtype]})" if activation_dtype in TOO_WIDE else ""
         raise ValueError(
-            f"activation_dtype is {activation_dtype!r}; allowed: {', '.join(INT8_DTYPES)}"
+            f"activation_dtype is {activation_dtype!r}; allowed: {', '.join(INT8_DTYPES)}{why}"
         )
     if weight_bits not in WEIGHT_MAX:
-        raise ValueError(f"weight_bits is {weight_bits!r}; allowed: 7, 8")
+        allowed = ", ".join(map(str, sorted(WEIGHT_MAX)))
+        why = " (one bit has no zero, with which kernels fill up channels)"
+        why = why if weight_bits == 1 else ""
+        raise ValueError(f"weight_bits is {weight_bits!r}; allowed: {allowed}{why}")
     for name, flag in (("per_channel", per_channel), ("symmetric", symmetric)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {flag!r}; allowed: True, False")

@@ -20,8 +20,9 @@ import numpy as np
 import tvm
 from tvm import relay, te, topi
 
-from ..compute.conv2d import PackedConv2d, merge_groups
+from ..compute.conv2d import PackedConv2d
 from ..compute.depthwise import PackedDepthwise
+from ..compute.weights import merge_groups
 from ..kernel import Kernel
 from ..layout import round_up
 from ..switch import DictSlot

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from intrinsics.arm_dot import ArmBlock, ArmProduct
 
-from ..compute.conv2d import PackedConv2d, window_taps
+from ..compute.conv2d import PackedConv2d
+from ..compute.weights import window_taps
 from ..workload import Conv2dWorkload
 from .blocks import BlockPlan
 from .stages import divisors

@@ -33,6 +33,7 @@ from ..workload import INT8_DTYPES
 from .stages import PREFETCHED, divisors
 from .stated import bordered, stated, task_loop
 from .x86_amx_bands import Bands
+from .x86_amx_unpack import AHEAD, Unpacker
 from .x86_window import weaves, woven
 
 # Steps that one pass of the loop over the reduction has at most: its code is unrolled.
@@ -82,8 +83,9 @@ class Pipeline:
 
     @property
     def step(self) -> int:
-        """Input channels of a step."""
-        return max(d for d in range(4, 65, 4) if self.conv.step_block % d == 0)
+        """Input channels of a step: whole rows of weights, as many as lie in a byte."""
+        least = 4 * self.conv.packed
+        return max(d for d in range(least, 65, least) if self.conv.step_block % d == 0)
 
     @cached_property
     def block(self) -> x86_amx.AmxBlock:
@@ -148,7 +150,7 @@ class Pipeline:
     @property
     def _lines(self) -> int:
         """Lines of a group's weights for one step."""
-        return self.n_tiles * self.step // 4
+        return self.n_tiles * self.step // (4 * self.conv.packed)
 
     @property
     def images(self) -> int:
@@ -225,6 +227,7 @@ class _Emitter:
         self.place_size = 4 + 2 * plan.m_tiles
         size = plan.lag * self.place_size + 1
         self.carried = tir.decl_buffer((size,), "int32", "carried")
+        self.unpacker = Unpacker(plan, weight) if self.conv.packed > 1 else None
 
     def statement(self) -> Any:
         """Return the parallel loop over tasks, each a pipeline over its share of the image."""
@@ -232,7 +235,7 @@ class _Emitter:
         share = plan.parts // plan.tasks
         task, each = tir.Var("task", "int32"), tir.Var("each", "int32")
         b = tir.Var("b", "int32")
-        now = _Place.of_block(self, task * share + each, b)
+        now = _Place.of_block(self, task * share + each, b, each)
         # The first times round this makes outputs of what is not there yet, in the block's own
         # place, where they are made again.
         before = now.copy("before", self._or_before(plan.lag))
@@ -241,6 +244,7 @@ class _Emitter:
         passed_on = range(self.place_size * (plan.lag - 1) - 1, -1, -1)
         body = [
             *now.binds, *before.binds,
+            *self._unpacked_first(now),
             *self._sums(now, part, lines),
             self._carry(self._part, part),
             *(self._carry(self.place_size + at, self._carried(at)) for at in passed_on),
@@ -255,7 +259,9 @@ class _Emitter:
             tir.IfThenElse(self._carried(0) >= 0, sequence(self._drain(now)), None),
             x86_amx.release(),
         ]
-        tasks = task_loop(task, plan.tasks, steps, [self.sums, self.carried])
+        buffers = [self.sums, self.carried]
+        buffers += [] if self.unpacker is None else [self.unpacker.buffer]
+        tasks = task_loop(task, plan.tasks, steps, buffers)
         # Tiles that run over the ends of rows have written into the border.
         return sequence([tasks, *bordered(self.conv, self.out)])
 
@@ -327,15 +333,36 @@ class _Emitter:
         """Return one step, each product with the loads it waits for."""
         place = _digits(step, self.plan.steps)
         out, pending = [], self._prefetch(at, step)
+        unpacked = self._unpacked(at, step + AHEAD)
         for what, *operands in self.block.step():
             if what == "a":
                 pending.append(self._load_a(at, place, *operands))
             elif what == "b":
-                pending.append(self._load_b(at, place, *operands))
+                pending.append(self._load_b(at, place, step, *operands))
             else:
-                out.append(sequence([*pending, self.block.product(*operands)]))
-                pending = []
+                out.append(sequence([*pending, self.block.product(*operands), *unpacked]))
+                pending, unpacked = [], []
         return out
+
+    def _unpacked_first(self, at: _Place) -> list[Any]:
+        """Return what unpacks a group's first steps."""
+        return [stmt for step in range(AHEAD) for stmt in self._unpacked(at, i32(step))]
+
+    def _unpacked(self, at: _Place, step: Any) -> list[Any]:
+        """Return what unpacks a step's weights, if the block is its group's first.
+
+        A step after the last is the last again: what is there does not change.
+        """
+        last = i32(self.plan.depth - 1)
+        if self.unpacker is None or (isinstance(step, tir.IntImm) and step.value > last.value):
+            return []
+        step = tir.min(step, last)
+        place = _digits(step, self.plan.steps)
+        origin = [self._weight(at, place, n, 0).indices for n in range(self.plan.n_tiles)]
+        filled = self.unpacker.fill(step, [list(index) for index in origin])
+        return filled if at.fresh is None else [
+            tir.IfThenElse(at.fresh != 0, sequence(filled), None)
+        ]  # fmt: skip
 
     def _load_a(self, at: _Place, place: dict[str, Any], m: int, tile: int) -> Any:
         conv, work = self.conv, self.conv.work
@@ -364,7 +391,9 @@ class _Emitter:
         first = tir.BufferLoad(self.source, index)
         return x86_amx.tile_load(tile, first, stride, self.plan.stream == "a")
 
-    def _load_b(self, at: _Place, place: dict[str, Any], n: int, tile: int) -> Any:
+    def _load_b(self, at: _Place, place: dict[str, Any], step: Any, n: int, tile: int) -> Any:
+        if self.unpacker is not None:
+            return x86_amx.tile_load(tile, self.unpacker.first(n, step), 64)
         first = self._weight(at, place, n, 0)
         return x86_amx.tile_load(tile, first, 64, self.plan.stream == "b")
 
@@ -372,7 +401,7 @@ class _Emitter:
         """Return the first element of a row of the group's n-th tile of weights."""
         taps = self.conv.ordered(place["kw"], place["cb"])
         tiles = at.ob * (self.conv.out_block // 16) + tir.floordiv(at.channel, i32(16)) + n
-        rows = place["ik"] * (self.plan.step // 4) + row
+        rows = place["ik"] * (self.plan.step // (4 * self.conv.packed)) + row
         return tir.BufferLoad(
             self.weight, [tiles, place["kh"], *taps, rows, i32(0), i32(0)]
         )
@@ -403,6 +432,7 @@ class _Place:
     def __init__(self, emitter: _Emitter, name: str, values: list[Any]) -> None:
         self.emitter = emitter
         self.block: Any = None  # of its group
+        self.fresh: Any = None  # not 0 in a group's first block of a task; None: all blocks are
         self.binds: list[Any] = []
         self.origins: dict[Any, tuple[Any, Any]] = {}
         self.values = [self._bind(f"{name}{at}", value) for at, value in enumerate(values)]
@@ -410,8 +440,8 @@ class _Place:
         self.tiles = list(zip(tiles[::2], tiles[1::2], strict=True))
 
     @staticmethod
-    def of_block(emitter: _Emitter, part: Any, b: Any) -> _Place:
-        """Return the place of block `b` of a part."""
+    def of_block(emitter: _Emitter, part: Any, b: Any, each: Any) -> _Place:
+        """Return the place of block `b` of a part, the `each`-th of its task."""
         plan = emitter.plan
         at = _digits(part, plan.order)
         a_block = i32(plan.groups_a_block)
@@ -428,6 +458,10 @@ class _Place:
         place.block = b
         if not plan.rows_first:
             place.block += (at["inside"] * plan.bands + at["band"]) * plan.pixels.blocks
+        if plan.blocks > 1 and plan.conv.packed > 1:
+            first = tir.any(each == 0, place.block < plan.pixels.blocks)
+            fresh = tir.Select(tir.all(b == 0, first), i32(1), i32(0))
+            place.fresh = place._bind("fresh", fresh)
         return place
 
     def copy(self, name: str, make: Callable[[int, Any], Any]) -> _Place:

@@ -20,6 +20,7 @@ from intrinsics.compat import i32, loop, prefetch, ramp, sequence, tir
 from intrinsics.x86_dot import DotIntrinsic
 from intrinsics.x86_narrow import in_order
 from intrinsics.x86_rows import maddwd, vpdpbusd, vpmaddubsw
+from intrinsics.x86_unpack import unpacked
 
 from ..compute.conv2d import PackedConv2d, declare, pad_stage
 from ..compute.epilogue import apply, narrowed_values, real_value
@@ -88,8 +89,8 @@ class DotPlan:
 
     @property
     def steps(self) -> dict[str, int]:
-        """The loops of the reduction, outermost first."""
-        return self.conv.steps(self.conv.k)
+        """The loops of the reduction, outermost first; a step takes what one byte packs."""
+        return self.conv.steps(self.conv.k * self.conv.packed)
 
     @property
     def lines(self) -> int:
@@ -228,15 +229,30 @@ class _Emitter:
         return stmts
 
     def _step(self, at: _Place, place: dict[str, Any]) -> list[Any]:
-        """Return the products of `k` channels of a tap."""
-        conv, stmts, weights = self.conv, [], []
+        """Return the products of `k` channels of a tap, or of as many more as a byte packs."""
+        conv, stmts, loads = self.conv, [], []
         for vector, (b, v) in enumerate(self.vectors):
             own = i32(b * (conv.out_block // self.lanes) + v)
             lanes = ramp(i32(0), self.lanes * conv.k)
-            weights.append(tir.Var(f"weight{vector}", self.weight_type))
-            stmts.append(tir.Bind(weights[-1], self._weight(at, place, own, lanes)))
+            loads.append(tir.Var(f"weight{vector}", self.weight_type))
+            stmts.append(tir.Bind(loads[-1], self._weight(at, place, own, lanes)))
+        for part in range(conv.packed):
+            weights = loads
+            if conv.packed > 1:
+                weights = []
+                for vector, load in enumerate(loads):
+                    weights.append(tir.Var(f"weight{vector}_{part}", self.weight_type))
+                    stmts.append(tir.Bind(weights[-1], unpacked(load, conv.weight_bits, part)))
+            stmts += self._products(at, place, part, weights)
+        return stmts
+
+    def _products(
+        self, at: _Place, place: dict[str, Any], part: int, weights: list[Any]
+    ) -> list[Any]:
+        """Return the products of all pixels with vectors of weights."""
+        stmts = []
         for pixel, offset in enumerate(self.pixels):
-            word = tir.reinterpret("int32", self._data(at, place, *offset))
+            word = tir.reinterpret("int32", self._data(at, place, part, *offset))
             data = tir.Var("data", self.data_type)
             spread = tir.Broadcast(word, self.lanes)
             stmts.append(tir.Bind(data, tir.reinterpret(self.data_type, spread)))
@@ -269,14 +285,15 @@ class _Emitter:
         index = [first + vector, place["kh"], *taps, place["ik"], i32(0), lanes]
         return tir.BufferLoad(self.weight, index)
 
-    def _data(self, at: _Place, place: dict[str, Any], y: int, x: int) -> Any:
-        """Return the `k` channels of a pixel that a step multiplies."""
+    def _data(self, at: _Place, place: dict[str, Any], part: int, y: int, x: int) -> Any:
+        """Return the `k` channels of a pixel that a part of a step multiplies."""
         conv, work = self.conv, self.conv.work
         (sh, sw), (dh, dw) = work.strides, work.dilation
         row = (at.y + y) * sh + place["kh"] * dh
-        channel = ramp(place["ik"] * conv.k, conv.k)
+        first = (place["ik"] * conv.packed + part) * conv.k
+        channel = ramp(first, conv.k)
         if conv.window:
-            start = (at.x + x) * (sw * conv.in_block) + place["ik"] * conv.k
+            start = (at.x + x) * (sw * conv.in_block) + first
             return tir.BufferLoad(
                 self.source, [at.n, i32(0), row, ramp(start, conv.k)]
             )
