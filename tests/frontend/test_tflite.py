@@ -82,6 +82,35 @@ def compare(result: np.ndarray, expected: np.ndarray, few: float) -> None:
     assert error.max() <= 1 and (error > 0).sum() <= 1 + few * error.size
 
 
+def check_steps(build: Callable[[Any], Any], allowed: set[str] = frozenset()) -> Any:
+    """Compile a network and compare every tensor with what TFLite makes of our values before it.
+
+    (Steps add up from layer to layer: TFLite's own implementations differ as much.) Nothing but
+    `allowed` is left in float. Returns what `explain` found.
+    """
+    net = Net()
+    mod = from_tflite(net.model(build(net)))
+    assert in_float(mod) <= allowed
+    every = run(from_tflite(net.model(*net.steps)), *(x.value for x in net.inputs))
+    replay = Net(first=net, values=every)
+    build(replay)
+    for name, value, computed in zip(net.operators, every, replay.computed, strict=True):
+        compare(value, computed, few_of(name))
+    (result,) = run(mod, *(x.value for x in net.inputs))
+    np.testing.assert_array_equal(result, every[-1])  # with everything fused that can be
+    return topi_int8.explain(mod, TARGET, show=False)
+
+
+# An average of 4 is a half one time in 4: TFLite rounds it away from zero, we to even. Few steps by
+# less than 1 show that it rounds twice: 0.4 * 1 becomes 0.8, that 1, and 1 / 2 then 1.
+ROUNDED_OTHERWISE = ("AVERAGE_POOL", "CONCAT", "MEAN", "QUANTIZE")
+
+
+def few_of(name: str) -> float:
+    """Return the part of an operator's elements that may differ by a step."""
+    return 0.25 if name.upper().startswith(ROUNDED_OTHERWISE) else 0.015
+
+
 def others(explanation: Any) -> dict[str, int]:
     """Return what is left beside the layers, by name."""
     return {other.op.removeprefix("topi_int8."): other.count for other in explanation.others}
@@ -167,14 +196,6 @@ OPERATORS: dict[str, Callable[[Any, Any, Any], Any]] = {
 }
 
 
-# An average of 4 is a half one time in 4: TFLite rounds it away from zero, we to even. Few steps by
-# less than 1 show that it rounds twice: 0.4 * 1 becomes 0.8, that 1, and 1 / 2 then 1.
-ROUNDED_OTHERWISE = ("AVERAGE_POOL", "CONCAT", "MEAN", "QUANTIZE")
-def few_of(name: str) -> float:
-    """Return the part of an operator's elements that may differ by a step."""
-    return 0.25 if name.upper().startswith(ROUNDED_OTHERWISE) else 0.015
-
-
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators(name: str) -> None:
     net = Net()
@@ -184,19 +205,22 @@ def test_operators(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["logistic", "hard_swish"])
 def test_functions_are_tables(name: str) -> None:
-    net = Net()
-    y = getattr(net, name)(net.conv2d(net.input((1, 9, 9, 8)), 16, 3))
-    assert others(check(net, y))["lookup"] == 1
+    def build(net: Any) -> Any:
+        return getattr(net, name)(net.conv2d(net.input((1, 9, 9, 8)), 16, 3))
+
+    assert others(check_steps(build))["lookup"] == 1
 
 
 def test_constants_beside_a_tensor() -> None:
     """MUL and ADD by a vector of constants are one affine a channel."""
-    net = Net()
-    x = net.conv2d(net.input((1, 9, 9, 8)), 16, 3)
-    factor = net.constant(net.rng.integers(1, 128, (1, 1, 1, 16)).astype("int8"), 0.01)
-    shift = net.constant(net.rng.integers(-128, 128, 16).astype("int8"), 0.02)
-    y = net.add(net.multiply(x, factor), shift)
-    assert others(check(net, y, few=0.02))["affine"] == 2
+
+    def build(net: Any) -> Any:
+        x = net.conv2d(net.input((1, 9, 9, 8)), 16, 3)
+        factor = net.constant(net.rng.integers(1, 128, (1, 1, 1, 16)).astype("int8"), 0.01)
+        shift = net.constant(net.rng.integers(-128, 128, 16).astype("int8"), 0.02)
+        return net.add(net.multiply(x, factor), shift)
+
+    assert others(check_steps(build))["affine"] == 2
 
 
 MOVES: dict[str, Callable[[Any, Any], Any]] = {
@@ -303,21 +327,7 @@ NETWORKS = {"residual": _residual_net, "separable": _separable_net, "classifier"
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str) -> None:
-    """All in int8, and every tensor within a step of what TFLite makes of our values before it.
-
-    (Steps add up from layer to layer: TFLite's own implementations differ as much.)
-    """
-    net = Net()
-    y = NETWORKS[name](net)
-    mod = from_tflite(net.model(y))
-    assert in_float(mod) <= (SOFTMAX if name == "classifier" else set())
-    every = run(from_tflite(net.model(*net.steps)), *(x.value for x in net.inputs))
-    replay = Net(first=net, values=every)
-    NETWORKS[name](replay)
-    for name, value, computed in zip(net.operators, every, replay.computed, strict=True):
-        compare(value, computed, few_of(name))
-    (result,) = run(mod, *(x.value for x in net.inputs))
-    np.testing.assert_array_equal(result, every[-1])  # with everything fused that can be
+    check_steps(NETWORKS[name], SOFTMAX if name == "classifier" else set())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
