@@ -390,9 +390,7 @@ class PackedConv2d:
 
     @property
     def folds_bias(self) -> bool:
-        """Whether the kernel adds a bias: the workload's own, the zero point's compensation, or
-        what sums are counted from.
-        """
+        """Whether there is a bias: the workload's, a zero point's, or what sums start from."""
         folded = not self.work.is_float and not self.widens and self.data_zero_point != 0
         return self.work.epilogue.bias or folded or self.float_sums
 
