@@ -91,7 +91,9 @@ class MovingAverage(Observer):
 
     ``min = (1 - constant) * min + constant * min(input)``, the first input's as it is, and so the
     maximum: torch's ``MovingAverageMinMaxObserver``. The order of the inputs matters, and what
-    counts as one input: an item of `quantize`'s ``calibration``, be it one image or a batch.
+    counts as one input: an item of `quantize`'s ``calibration``, be it one image or a batch. Made
+    for the thousands of steps of training: with torch's weight of 1%, the first of a few dozen
+    inputs decides alone. For those take a larger one, or another method.
 
     Parameters
     ----------
