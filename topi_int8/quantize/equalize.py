@@ -235,9 +235,11 @@ class _Equalizer:
             largest = np.abs(second).max(axis=(2, 3, 4), keepdims=True)
             relative = np.abs(second) / np.where(largest > 0, largest, 1.0)
             r1 = ranges[pair.second.data.name].astype("float64")
+            # Only ratios matter, but where a clip holds other channels fast. Relative to the
+            # largest on either side, a channel is as coarse in the tensor as in the weight.
+            r1 = r1 / (r1.max() or 1.0)
             scale = _balance(r1, relative.max(axis=(1, 3, 4)).reshape(-1))
-            # Only ratios matter, but where a clip holds other channels fast: none shrinks.
-            scale = np.maximum(scale / scale.max(), 1 / _GROWTH)
+            scale = np.maximum(scale, scale.max() / _GROWTH)
             scales[pair.first.var.name] = np.clip(scale, least, most)
         return scales
 
