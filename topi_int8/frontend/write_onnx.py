@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     import onnx
 
 _LEAST_OPSET = 13  # from which DequantizeLinear has an axis
-# Both models have the same integers: they agree to the bit (ResNet-18 and MobileNetV2 do), but where
-# float32 sums in another order round an integer otherwise. One pair left out of the small network of
-# the tests gives 47 to 56 dB, or changes nothing where the tensor has its input's scale.
+# Both models have the same integers: they agree to the bit (ResNet-18, MobileNetV2), but where
+# float32 sums in another order round an integer otherwise. One pair left out of the tests' small
+# network gives 47 to 56 dB, or changes nothing where the tensor has its input's scale.
 _LEAST_SQNR = 60.0
 
 
