@@ -23,7 +23,7 @@ from . import machine, models, photos, timing
 from .place import HERE, Place
 
 WIDTH = 132  # columns where the output is no terminal
-COMPARED = 4  # images that layers are compared on
+COMPARED = 3  # images that layers are compared on: one of each test photograph
 WORST = 5  # layers whose accuracy is shown
 
 

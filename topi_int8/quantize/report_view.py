@@ -154,7 +154,9 @@ def plot(report: AccuracyReport, path: Path) -> None:
     figure = Figure(figsize=(max(7.0, 0.24 * len(report.layers)), 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     _plot_sqnr(top, report)
-    bottom.bar(range(len(report.layers)), [100 * x.saturated for x in report.layers], color="0.45")
+    saturated = [100 * layer.saturated for layer in report.layers]
+    bottom.bar(range(len(saturated)), saturated, color="0.45")
+    bottom.set_ylim(0, max(1.1 * max(saturated), 0.1))
     bottom.set_ylabel("saturated, %")
     bottom.set_xticks(
         range(len(report.layers)), [x.name for x in report.layers], rotation=90, fontsize=7
