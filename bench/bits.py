@@ -108,6 +108,11 @@ def measure(
         Side of an image; images to calibrate on, and to compare with torch's fp32 on.
     rounds, min_time
         As of `bench e2e`: all variants are sampled in turn.
+
+    Raises
+    ------
+    RuntimeError
+        When packed weights give other logits than the same weights as bytes.
     """
     import torch
 
@@ -137,6 +142,8 @@ def measure(
         samplers[len(lines), "timing"] = graph.sampler(images[0])
         if packed:
             plain = Graph(tvm.compile(qdq, target=without_unpacking(target)))
+            if not np.array_equal(plain(images[0]), got[: len(images[0])]):
+                raise RuntimeError(f"{name}: packed weights of {bits} bits give other logits")
             samplers[len(lines), "bytes_timing"] = plain.sampler(images[0])
         lines.append(line)
     return _timed(lines, samplers, rounds, min_time)

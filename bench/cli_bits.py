@@ -57,3 +57,5 @@ def bits_command(
         raise fail(f"bits needs the extra `torch`: {error}") from None
     except (ValueError, OSError) as error:
         raise fail(error) from None
+    except RuntimeError as error:
+        raise fail(error, code=1) from None
