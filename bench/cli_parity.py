@@ -38,7 +38,7 @@ def parity_command(
     ] = None,
     rows: Annotated[
         list[Path] | None,
-        typer.Option("--with", help="An earlier --json whose rows to show, too; repeat."),
+        typer.Option("--with", help="An earlier --json whose rows to show; without --network nothing else."),
     ] = None,
     note: Note = "",
 ) -> None:
@@ -48,7 +48,7 @@ def parity_command(
         from . import parity  # imports torch's frontend
 
         options = parity.Options(
-            tuple(network or parity.NETWORKS), tuple(form or parity.FORMS), image, inputs,
+            tuple(network or (() if rows else parity.NETWORKS)), tuple(form or parity.FORMS), image, inputs,
             calibration, min_time, rounds,
         )  # fmt: skip
         old = [

@@ -1,13 +1,19 @@
 """Whole networks, quantized by onnxruntime, there and here: the same file, nearly the same bits.
 
-The bound, which docs/parity.md's networks keep too: see `_bound`.
+Two ways of rounding the same sum differ now and then by one, and networks carry that on; what is to
+be expected of it is what onnxruntime differs by from itself. In steps of the output's quantization,
+and docs/parity.md's networks keep to it too:
+
+- QDQ: the mean difference is at most 1.5 times that between onnxruntime with its optimisations and
+  without, plus 0.05; the largest is at most 2 more than that one's;
+- both forms: the mean is below one step, the largest at most 6 (where QOperator runs the same
+  kernels at all of its levels, onnxruntime differs from itself by nothing).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.model
@@ -21,8 +27,7 @@ from bench import parity
 
 # Small images: the same graphs and channel counts, a tenth of the work.
 CASES = [
-    ("squeezenet1_1", "QOperator"), ("mobilenet_v3_small", "QDQ"), ("shufflenet_v2_x1_0", "QDQ"),
-    (parity.ENCODER, "QOperator"),
+    ("squeezenet1_1", "QOperator"), ("mobilenet_v3_small", "QDQ"), (parity.ENCODER, "QOperator"),
 ]  # fmt: skip
 
 
@@ -41,4 +46,7 @@ def test_outputs_are_onnxruntimes(name: str, form: str, worker, tmp_path: Path) 
     target = topi_int8.host_target(num_cores=1)
     found = parity.measure(parity.source(name, options), form, options, target, worker)
     assert found.unit == "step" and found.int8 > 10 and not found.names
-    assert np.isfinite(found.ours.largest)
+    assert found.ours.mean < 1 and found.ours.largest <= 6
+    if form == "QDQ":
+        assert found.ours.mean <= 1.5 * found.theirs.mean + 0.05
+        assert found.ours.largest <= found.theirs.largest + 2
