@@ -16,7 +16,7 @@ from tvm.relax import op
 import topi_int8
 from tests import graphs
 from topi_int8.qparams import QParams
-from topi_int8.quantize import AccuracyReport, MinMax, quantize
+from topi_int8.quantize import AccuracyReport, Grid, MinMax, quantize
 from topi_int8.quantize.accuracy import Accuracy, LayerAccuracy
 from topi_int8.quantize.noise import Noise, Rounding
 
@@ -113,8 +113,8 @@ def test_saturation_counts_what_the_range_cuts_off() -> None:
 class Cut(MinMax):
     """Cuts every range off at 1.5, as a bad calibration method would."""
 
-    def range(self) -> tuple[float, float]:
-        low, high = super().range()
+    def range(self, grid: Grid = Grid()) -> tuple[float, float]:
+        low, high = super().range(grid)
         return max(low, -1.5), min(high, 1.5)
 
 
