@@ -23,6 +23,7 @@ import topi_int8
 
 from . import artifact, cli_text, images, samples
 from .frontend import files
+from .frontend.quantized import is_quantized
 from .images import Preprocessing
 from .quantize import OBSERVERS
 from .quantize.qparams import WEIGHT_MAX
@@ -153,7 +154,7 @@ def quantize_command(
         raise ValueError(f"output is {str(output)!r}; allowed: .json, {str(model)!r} is no .onnx")
     shapes = cli_text.shapes(shape)
     mod = files.read_model(model, shapes)
-    if files.is_quantized(mod):
+    if is_quantized(mod):
         raise ValueError(f"model is {str(model)!r}, quantized already; allowed: float32")
     items = samples.calibration(calib, inputs_of(mod), _chooser(layout, size, mean, std, crop))
     quantized = topi_int8.quantize(

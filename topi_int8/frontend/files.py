@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tvm
-from tvm import ir, relax
+from tvm import ir
 
-from ..op import op_name
 from ..signature import OUTPUT_NAMES
 
 if TYPE_CHECKING:
@@ -67,39 +65,19 @@ def import_onnx(model: onnx.ModelProto, shapes: Shapes | None = None) -> tvm.IRM
     ValueError
         For shapes of no input, or operators without a converter.
     """
-    from tvm.relax.frontend.onnx import from_onnx
+    from .onnx import from_onnx
 
     graph = model.graph
     parameters = {tensor.name for tensor in graph.initializer}
     names = [entry.name for entry in graph.input if entry.name not in parameters]
-    shapes = {name: list(shape) for name, shape in (shapes or {}).items()}
-    for name in shapes:
+    for name in shapes or {}:
         if name not in names:
             raise ValueError(f"shape is given for {name!r}; allowed: {', '.join(names)}")
     try:
-        mod = from_onnx(model, shapes, sanitize_input_names=False)
+        mod = from_onnx(model, shapes)
     except tvm.error.OpNotImplemented as error:
         raise ValueError(f"model has operators without an importer: {error}") from None
-    return _with_names(_folded(mod), [entry.name for entry in graph.output])
-
-
-def is_quantized(mod: tvm.IRModule) -> bool:
-    """Return whether ``main`` quantizes or dequantizes anything."""
-    found: list[bool] = []
-
-    def look(expr: relax.Expr) -> None:
-        found.append(op_name(expr) in ("relax.quantize", "relax.dequantize"))
-
-    relax.analysis.post_order_visit(mod["main"], look)
-    return any(found)
-
-
-def _folded(mod: tvm.IRModule) -> tvm.IRModule:
-    """Return the module with constants' reshapes and transposes done, as `quantize` wants them.
-
-    Not where it is quantized: folding would make float32 weights of int8 ones.
-    """
-    return mod if is_quantized(mod) else relax.transform.FoldConstant()(mod)
+    return _with_names(mod, [entry.name for entry in graph.output])
 
 
 def _with_names(mod: tvm.IRModule, outputs: list[str]) -> tvm.IRModule:
@@ -131,20 +109,20 @@ def _read_program(path: Path, shapes: Shapes) -> tvm.IRModule:
         import torch
     except ImportError as error:
         raise ImportError(f"{path} needs torch: pip install 'topi_int8[torch]'") from error
-    from tvm.relax.frontend.torch import from_exported_program
+    from .pt2e import register_operators
+    from .torch import from_torch
 
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch warns about its own use of a class it deprecates.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        try:
-            program = torch.export.load(path)
-        except Exception as error:  # of many kinds, by what is wrong with the archive
-            raise ValueError(
-                f"model is {str(path)!r}, which torch.export.load does not read: {error}"
-            ) from None
-        mod = from_exported_program(
-            program, keep_params_as_input=False, unwrap_unit_return_tuple=True
-        )
+    register_operators()
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # of many kinds, by what is wrong with the archive
+        raise ValueError(
+            f"model is {str(path)!r}, which torch.export.load does not read: {error}"
+        ) from None
+    try:
+        mod = from_torch(program)
+    except NotImplementedError as error:
+        raise ValueError(f"model is {str(path)!r}: {error}") from None
     return _with_names(mod, [str(name) for name in program.graph_signature.user_outputs])
 
 

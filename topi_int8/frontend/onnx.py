@@ -22,6 +22,7 @@ from tvm.ir import Op
 
 from . import _onnx_integer, _onnx_quantized
 from ._onnx_node import Node, with_explicit_pads
+from .quantized import is_quantized
 
 if TYPE_CHECKING:
     import onnx
@@ -87,7 +88,9 @@ def from_onnx(
         warnings.filterwarnings("ignore", message="Renaming name", category=UserWarning)
         mod = _importer()(shapes, None).from_onnx(model.graph, opset)
     mod["main"] = _with_named_output(mod["main"])
-    return mod
+    # Constants' reshapes and transposes done, as `quantize` wants them. Not where it is quantized:
+    # folding would make float32 weights of int8 ones.
+    return mod if is_quantized(mod) else relax.transform.FoldConstant()(mod)
 
 
 def _with_named_output(func: relax.Function) -> relax.Function:
