@@ -13,7 +13,13 @@ from tvm.relax import op
 from tests import graphs
 from tests.quantize import networks
 from topi_int8.quantize import layer_errors, quantize
-from topi_int8.quantize.equalize import EQUALIZED, equalized, find_pairs
+from topi_int8.quantize.equalize import (
+    EQUALIZED,
+    _predicted_noise,
+    _Seen,
+    equalized,
+    find_pairs,
+)
 from topi_int8.quantize.graph import Graph, prepare
 from topi_int8.quantize.plan import make_plan
 from topi_int8.quantize.weights import grouped, ungrouped
@@ -198,3 +204,22 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="calibration is empty"):
         quantize(mod, [], equalize=True, progress=False)
     assert isinstance(equalized(prepare(mod), "weights"), tvm.IRModule)
+
+
+@pytest.mark.parametrize("spread", [1, 10, 100])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_predicted_noise_is_that_of_rounding(spread: float, power: float) -> None:
+    rng = np.random.default_rng(0)
+    channels = np.geomspace(1, spread, 32)
+    data = np.abs(rng.normal(size=(32, 4000))) * channels[:, None]
+    weight = rng.normal(size=(16, 32))
+    seen = _Seen()
+    seen.update(data)
+    scale = (channels / spread) ** power
+    data_step = (data / scale[:, None]).max() / 255
+    weight_step = np.abs(weight * scale).max(axis=1, keepdims=True) / 127
+    rounded = np.rint(data / scale[:, None] / data_step) * data_step
+    noise = (np.rint(weight * scale / weight_step) * weight_step) @ rounded - weight @ data
+    measured = np.mean(np.sum(noise**2, axis=0)) * 12  # rounding to steps d: noise of d**2 / 12
+    predicted = _predicted_noise(weight[None, :, :, None, None], seen, scale)
+    assert predicted == pytest.approx(measured, rel=0.3)

@@ -14,7 +14,8 @@ paper shows to be best. Which two is a `MODES`:
 - "activations": with a scale for each output channel it does not matter to W1 what its channels are
   divided by. What has one scale is the tensor between: r1 is its range in channel i over the
   calibration inputs, and r2 the largest weight of channel i in W2, each of W2's output channels
-  taken relative to its largest.
+  taken relative to its largest. Of ``s_i = r1_i^a / r2_i^b`` a pair gets the exponents that make
+  least noise in W2's output (`_predicted_noise`), with s = 1 among them.
 
 What is sound beyond the paper:
 
@@ -52,6 +53,8 @@ _ROUNDS = 50  # MobileNetV2 settles in fewer; chains of a hundred pairs would st
 _SETTLED = 1e-3  # no scale of a round is further from 1
 _LEAST = 1e-3  # of channels that are proven to be zero
 _GROWTH = 64  # by how much a channel's values may grow next to another's: six of eight bits
+# Of r1 and r2 that are tried; the first, s = 1, is kept where none is better.
+_EXPONENTS = tuple((a / 4, b / 4) for a in range(5) for b in range(4))
 _SLACK = 1e-4  # of its terms, more than float32 rounds a sum of products up by
 
 
@@ -102,7 +105,7 @@ def equalized(
     if mode == "weights":
         scales = equalizer.weight_scales()
     else:
-        scales = equalizer.activation_scales(_channel_ranges(equalizer, inputs, target))
+        scales = equalizer.activation_scales(_channel_statistics(equalizer, inputs, target))
     kept = {name: scale for name, scale in scales.items() if (scale != 1).any()}
     if not kept:
         return mod
@@ -227,37 +230,73 @@ class _Equalizer:
             pair.first.var.name: total for pair, total in zip(self.pairs, totals, strict=True)
         }
 
-    def activation_scales(self, ranges: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the scales of "activations", from the largest absolute value of each channel."""
+    def activation_scales(self, seen: Mapping[str, _Seen]) -> dict[str, np.ndarray]:
+        """Return the scales of "activations", from what was seen of each second layer's data."""
         scales = {}
         for pair, (least, most) in zip(self.pairs, self.limits, strict=True):
             second = self.states[pair.second.var].weight
+            data = seen[pair.second.data.name]
             largest = np.abs(second).max(axis=(2, 3, 4), keepdims=True)
             relative = np.abs(second) / np.where(largest > 0, largest, 1.0)
-            r1 = ranges[pair.second.data.name].astype("float64")
-            # Only ratios matter, but where a clip holds other channels fast. Relative to the
-            # largest on either side, a channel is as coarse in the tensor as in the weight.
-            r1 = r1 / (r1.max() or 1.0)
-            scale = _balance(r1, relative.max(axis=(1, 3, 4)).reshape(-1))
-            scale = np.maximum(scale, scale.max() / _GROWTH)
-            scales[pair.first.var.name] = np.clip(scale, least, most)
+            # Relative to the largest: so a clip that holds other channels at 1 fits in.
+            r1 = data.largest / (data.largest.max() or 1.0)
+            r2 = relative.max(axis=(1, 3, 4)).reshape(-1)
+            candidates = [
+                np.clip(np.maximum(scale, scale.max() / _GROWTH), least, most)
+                for scale in (_balance(r1**a, r2**b) ** 2 for a, b in _EXPONENTS)
+            ]
+            noise = [_predicted_noise(second, data, scale) for scale in candidates]
+            scales[pair.first.var.name] = candidates[int(np.argmin(noise))]
         return scales
 
 
-def _channel_ranges(
+@dataclass
+class _Seen:
+    """What calibration saw of a tensor's channels: largest absolute value and mean square."""
+
+    largest: np.ndarray | float = 0.0
+    squares: np.ndarray | float = 0.0
+
+    def update(self, channels: np.ndarray) -> None:
+        """Take in one input's values, (channels, ..)."""
+        rows = channels.reshape(len(channels), -1).astype("float64")
+        self.largest = np.maximum(self.largest, np.abs(rows).max(axis=1))
+        self.squares = self.squares + np.mean(rows**2, axis=1)
+
+
+def _predicted_noise(weight: np.ndarray, data: _Seen, scale: np.ndarray) -> float:
+    """Return the noise power of a layer's output, in some unit, for its data divided by a scale.
+
+    Roundings of step d are noise of power d**2 / 12. The data's step is its largest channel's, and
+    meets all weights of a channel; a weight's is its output channel's largest, and meets the data's
+    power. 255 and 127 levels: data is mostly a relu's.
+    """
+    groups, _, channels, kh, kw = weight.shape
+    by_group = scale.reshape(groups, 1, channels)
+    scaled = np.abs(weight).max(axis=(3, 4)) * by_group
+    weight_steps = (scaled.max(axis=2) / 127) ** 2
+    power = np.sum(data.squares.reshape(groups, channels) / by_group[:, 0] ** 2, axis=1)
+    data_step = (np.max(data.largest / scale) / 255) ** 2
+    gains = np.sum(weight**2, axis=(1, 3, 4)) * by_group[:, 0] ** 2
+    return float(data_step * gains.sum() + kh * kw * np.sum(weight_steps.sum(axis=1) * power))
+
+
+def _channel_statistics(
     equalizer: _Equalizer, inputs: Iterable[Any], target: tvm.target.Target | None
-) -> dict[str, np.ndarray]:
-    """Return the largest absolute value of each channel of what second layers read, by tensor."""
+) -> dict[str, _Seen]:
+    """Return what second layers read, by tensor: sums over the inputs, but for largest values."""
     axes = {pair.second.data.name: pair.first.channel_axis for pair in equalizer.pairs}
-    ranges: dict[str, np.ndarray] = {}
+    seen = {name: _Seen() for name in axes}
+    runs = 0
     for tensors in run_instrumented(equalizer.mod, list(axes), inputs, target):
         for (name, axis), values in zip(axes.items(), tensors, strict=True):
-            others = tuple(i for i in range(values.ndim) if i != axis)
-            largest = np.abs(values).max(axis=others)
-            ranges[name] = np.maximum(ranges.get(name, 0.0), largest)
-    if not ranges:
+            seen[name].update(np.moveaxis(values, axis, 0))
+        runs += 1
+    if runs == 0:
         raise ValueError("calibration is empty; allowed: an iterable of at least one input")
-    return ranges
+    for statistics in seen.values():
+        statistics.squares = statistics.squares / runs
+    return seen
 
 
 def _balance(r1: np.ndarray, r2: np.ndarray) -> np.ndarray:
