@@ -38,7 +38,9 @@ def parity_command(
     ] = None,
     rows: Annotated[
         list[Path] | None,
-        typer.Option("--with", help="An earlier --json whose rows to show; without --network nothing else."),
+        typer.Option(
+            "--with", help="An earlier --json whose rows to show; without --network nothing else."
+        ),
     ] = None,
     note: Note = "",
 ) -> None:
@@ -48,8 +50,8 @@ def parity_command(
         from . import parity  # imports torch's frontend
 
         options = parity.Options(
-            tuple(network or (() if rows else parity.NETWORKS)), tuple(form or parity.FORMS), image, inputs,
-            calibration, min_time, rounds,
+            tuple(network or (() if rows else parity.NETWORKS)), tuple(form or parity.FORMS),
+            image, inputs, calibration, min_time, rounds,
         )  # fmt: skip
         old = [
             row for path in rows or () for row in parity.from_document(json.loads(path.read_text()))

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (extra `torch`)")
-onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra `onnx`)")
+pytest.importorskip("onnx", reason="onnx is not installed (extra `onnx`)")
+
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bench import parity

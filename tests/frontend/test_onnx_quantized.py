@@ -638,6 +638,23 @@ def test_paths_shapes_and_opsets(tmp_path) -> None:
     assert symbolic[0].shape == (2, 2, 2, 2)
 
 
+def test_slices_by_arithmetic_on_known_shapes() -> None:
+    # A split of channels as torch exports it, with a batch that the model leaves open.
+    g, x = Builder(), draw(np.random.default_rng(17), (1, 6, 4, 4), "uint8")
+    scale, zero, one = (g.constant(v) for v in (np.float32(0.5), np.uint8(7), np.int64([1])))
+    source = g.input(x)
+    real_x = g.node("DequantizeLinear", [source, scale, zero])
+    channels = g.node("Gather", [g.node("Shape", [real_x]), one])
+    middle = g.node("Div", [channels, g.constant(np.int64([2]))])
+    half = g.node("Slice", [real_x, g.constant(np.int64([0])), middle, one])
+    g.output(g.node("QuantizeLinear", [half, scale, zero]), x[:, :3])
+    model = g.model()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+    mod = from_onnx(model, {source: x.shape})
+    assert [int(dim) for dim in mod["main"].ret_ty.shape] == [1, 3, 4, 4]
+    np.testing.assert_array_equal(cases.compiled(mod, x)[0], x[:, :3])
+
+
 def test_tvms_own_importer_is_left_alone() -> None:
     from tvm.relax.frontend.onnx import from_onnx as stock
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.model
-
 pytest.importorskip("torch", reason="torch is not installed (extra `torch`)")
 pytest.importorskip("onnx", reason="onnx is not installed (extra `onnx`)")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra `test`)")
 
 import topi_int8
 from bench import parity
+
+pytestmark = pytest.mark.model
 
 # Small images: the same graphs and channel counts, a tenth of the work.
 CASES = [

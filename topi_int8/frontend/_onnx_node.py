@@ -182,6 +182,19 @@ def along(vector: np.ndarray, rank: int, axis: int) -> np.ndarray:
     return vector.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
 
 
+def known_shape(data: Expr, indices: Expr) -> Expr:
+    """Return Gather's data; a shape that is known, as a constant where indices are a vector.
+
+    What is computed from it is then constant, too. TVM's importer leaves it to the run for vectors,
+    and slices by such indices, as ShuffleNet's channel splits, have no shape.
+    """
+    points = array_of(indices)
+    if not isinstance(data, relax.ShapeExpr) or points is None or points.ndim == 0:
+        return data
+    dims = [getattr(dim, "value", None) for dim in data.values]
+    return data if None in dims else constant(np.array(dims), "int64")
+
+
 def with_explicit_pads(data: Expr, weight: Expr, attrs: dict[str, Any]) -> dict[str, Any]:
     """Return a convolution's attributes with ``auto_pad`` turned into ``pads``.
 

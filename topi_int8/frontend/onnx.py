@@ -3,8 +3,8 @@
 TVM's importer looks its converters up in one function of a module. Replacing that, even for the
 time of a call, would change what every other user of the process gets; so its class is derived
 from, and nothing of TVM's is touched. The derived importer asks our tables first
-(`_onnx_quantized`, `_onnx_integer`), resolves ``auto_pad`` where shapes are known, and gives the
-variable of each node the node's name, which is what `explain` prints.
+(`_onnx_quantized`, `_onnx_integer`), resolves ``auto_pad`` and arithmetic on shapes where those
+are known, and gives the variable of each node the node's name, which is what `explain` prints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tvm import relax
 from tvm.ir import Op
 
 from . import _onnx_integer, _onnx_quantized
-from ._onnx_node import Node, with_explicit_pads
+from ._onnx_node import Node, known_shape, with_explicit_pads
 from .quantized import is_quantized
 
 if TYPE_CHECKING:
@@ -145,10 +145,12 @@ def _importer() -> type:
             self, op_name: str, inputs: list, attrs: dict[str, Any], opset: int
         ) -> relax.Expr:
             def convert(op: str, inputs: Sequence, attrs: Mapping[str, Any]) -> relax.Expr:
-                known = onnx_frontend.onnx_input(inputs)
                 attrs = {**attrs, "tvm_custom": custom}
                 if op == "Conv":
                     attrs = with_explicit_pads(inputs[0], inputs[1], attrs)
+                if op == "Gather":
+                    inputs = [known_shape(*inputs), inputs[1]]
+                known = onnx_frontend.onnx_input(inputs)
                 return stock[op].get_converter(opset)(
                     self.bb, known, attrs, [self._nodes, self._params]
                 )
