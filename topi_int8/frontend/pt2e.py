@@ -17,6 +17,7 @@ What is quantized of parameters (weights that were not folded) is computed by to
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import relax
 
-from ..workload import DTYPE_RANGE
+from ..workload import DTYPE_RANGE, INT8_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -38,15 +39,10 @@ _SYMMETRIC_ZERO_POINT = {"uint8": 128, "int8": 0}
 def register_operators() -> None:
     """Make torch know the `quantized_decomposed` operators, before a program that has them is read.
 
-    Raises
-    ------
-    ImportError
-        This torch has them no longer, and torchao is not installed.
+    A torch that has them no longer reads no such program, and needs nothing.
     """
-    try:
+    with contextlib.suppress(ImportError):
         importlib.import_module("torch.ao.quantization.fx._decomposed")
-    except ImportError:
-        importlib.import_module("torchao.quantization.pt2e")
 
 
 def convert_map(program: torch.export.ExportedProgram) -> dict[str, Callable[..., Any]]:
@@ -97,7 +93,7 @@ class _QuantizedAs:
     Raises
     ------
     ValueError
-        For a type that `relax.quantize` does not make, or a range that is none of the type.
+        For a type of other than 8 bits, or a range that is none of the type.
     """
 
     dtype: str
@@ -105,9 +101,9 @@ class _QuantizedAs:
     high: int
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_RANGE:
+        if self.dtype not in INT8_DTYPES:
             raise ValueError(
-                f"a tensor is quantized to {self.dtype}; allowed: {', '.join(DTYPE_RANGE)}"
+                f"a tensor is quantized to {self.dtype}; allowed: {', '.join(INT8_DTYPES)}"
             )
         low, high = DTYPE_RANGE[self.dtype]
         if not low <= self.low < self.high <= high:
@@ -181,18 +177,20 @@ class _Converter:
         known = self._known(scale), self._known(zero_point)
         if all(value is not None for value in known):
             scales = np.asarray(known[0], "float32")
-            zero_points = np.broadcast_to(np.asarray(known[1]), scales.shape).astype(dtype)
+            zero_points = _zero_points(np.broadcast_to(np.asarray(known[1]), scales.shape), dtype)
             if not per_channel:
                 scales, zero_points = scales.reshape(()), zero_points.reshape(())
             return axis, relax.const(scales), relax.const(zero_points)
         emit = importer.block_builder.emit
-        shape = (-1,) if per_channel else ()
 
-        def computed(value: torch.fx.Node, to: str) -> relax.Expr:
-            expr = importer.env[value]
+        def computed(value: Any, to: str) -> relax.Expr:
+            expr = importer.env.get(value)
+            if expr is None:
+                return emit(relax.const(value, to))
             chosen = self._chosen.get(expr)
             if chosen is not None and str(chosen.ty.dtype) == to:
                 return chosen
+            shape = (-1,) if per_channel else ()
             return emit(relax.op.reshape(emit(relax.op.astype(expr, to)), shape))
 
         return axis, computed(scale, "float32"), computed(zero_point, dtype)
@@ -287,6 +285,13 @@ def _number(value: Any) -> float:
     if value is None:
         raise ValueError("quant_min or quant_max is computed; allowed: a number or a parameter")
     return float(value)
+
+
+def _zero_points(values: np.ndarray, dtype: str) -> np.ndarray:
+    cast = values.astype(dtype)
+    if not np.array_equal(cast, values):
+        raise ValueError(f"a zero point is {values.reshape(-1)[:4]}..; allowed: a value of {dtype}")
+    return cast
 
 
 def _in_float32(importer: Any, data: relax.Expr) -> relax.Expr:
