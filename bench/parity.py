@@ -416,6 +416,7 @@ def to_markdown(document: dict[str, Any], found: Sequence[Parity]) -> str:
             command="`topi_int8.frontend.onnx.from_onnx`, `tvm.compile`",
             machine=machine["cpu"], date=str(machine["date"])[:10], commit=machine["commit"],
         ),
+        *([f"{document['note']}\n"] if document.get("note") else []),
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * 2}{'--:|' * (len(COLUMNS) - 2)}",
         *(f"| {' | '.join(cells(parity))} |" for parity in found),
