@@ -392,8 +392,9 @@ _PREFACE = """\
 Written by `python -m bench parity --markdown docs/parity.md`. The same ONNX files, quantized by
 onnxruntime's static quantization (uint8 activations, int8 weights by channel, min-max over
 {calibration} seeded images of side {image}), run by onnxruntime's CPU kernels and by this package
-({command}); {inputs} other images each. Weights are seeded (bench/models.py): the arithmetic is
-compared, not accuracy.
+({command});
+{inputs} other images each. Weights are seeded (bench/models.py): the arithmetic is compared, not
+accuracy.
 
 {machine}, `{isa}`, {date}, commit {commit}; {onnxruntime}, one core.
 
@@ -402,7 +403,6 @@ output's quantization (`%`: of the outputs' standard deviation, where the model'
 quantized); "equal": outputs that are the same. "ORT's": the same between onnxruntime's own levels
 ORT_ENABLE_ALL and ORT_DISABLE_ALL. "int8", "not": convolutions and matmuls that run in integers
 here, and that do not. Times are minima of alternating runs, batch 1.
-
 """
 
 
@@ -416,6 +416,7 @@ def to_markdown(document: dict[str, Any], found: Sequence[Parity]) -> str:
             command="`topi_int8.frontend.onnx.from_onnx`, `tvm.compile`",
             machine=machine["cpu"], date=str(machine["date"])[:10], commit=machine["commit"],
         ),
+        *([f"{document['note']}\n"] if document.get("note") else []),
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * 2}{'--:|' * (len(COLUMNS) - 2)}",
         *(f"| {' | '.join(cells(parity))} |" for parity in found),

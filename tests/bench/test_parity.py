@@ -57,6 +57,8 @@ def test_what_is_written() -> None:
     text = parity.to_markdown(document, again)
     row = "| resnet18 | QDQ | 21 | 1 | 2 | 0.25 | 75.0% | 3/4 | 0 | 0 | 100.0% | 4/4 |"
     assert f"{row} 1.00 | 4.00 | 4.00x |" in text
+    assert "Cooled." not in text
+    assert "\n\nCooled.\n\n| network" in parity.to_markdown({**document, "note": "Cooled."}, again)
     assert "- resnet18, QDQ: head: float" in text and "A CPU, `avx2`, 2026-01-02" in text
     float_out = replace(ROW, unit="% of spread", us=None)
     assert "2 %" in parity.cells(float_out) and parity.cells(float_out)[-1] == "-"
