@@ -15,7 +15,7 @@ from . import target as targets
 # ARM each with its flag in /proc/cpuinfo (Linux, Documentation/arch/arm64/elf_hwcaps.rst).
 _FURTHER_X86 = tuple(
     "amx-bf16 amx-fp16 avx512bf16 avx512bitalg avx512fp16 avx512ifma avx512vp2intersect "
-    "avx512vpopcntdq avxifma avxneconvert avxvnniint16 avxvnniint8 gfni".split()
+    "avx512vpopcntdq avxifma avxneconvert avxvnniint16 avxvnniint8".split()
 )
 _FURTHER_ARM: Mapping[str, str] = {
     "fullfp16": "asimdhp", "lse": "atomics", "rdm": "asimdrdm", "sve": "sve", "sve2": "sve2",
