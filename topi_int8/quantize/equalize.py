@@ -52,7 +52,10 @@ _POOLS = frozenset(f"relax.nn.{name}_pool2d" for name in ("max", "avg", "adaptiv
 _ROUNDS = 50  # MobileNetV2 settles in fewer; chains of a hundred pairs would still end
 _SETTLED = 1e-3  # no scale of a round is further from 1
 _LEAST = 1e-3  # of channels that are proven to be zero
-_GROWTH = 64  # by how much a channel's values may grow next to another's: six of eight bits
+# By how much a channel may grow next to another. What calibration saw of a channel that is seldom
+# active is less than what other inputs will show, and grown to fill the range it would saturate:
+# with 64 MNASNet lost 2 dB on unseen images, 11 in one layer.
+_GROWTH = 8
 # Of r1 and r2 that are tried; the first, s = 1, is kept where none is better.
 _EXPONENTS = tuple((a / 4, b / 4) for a in range(5) for b in range(4))
 _SLACK = 1e-4  # of its terms, more than float32 rounds a sum of products up by
