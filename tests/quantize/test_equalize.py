@@ -178,8 +178,9 @@ def test_depthwise_networks_gain() -> None:
     )
     assert equal > plain + 6  # a bit
     networks.assert_all_int8(qdq[True], 5)
-    # Compared with a float32 network of the same scales.
-    assert min(error.sqnr for error in layer_errors(mod, qdq[True], data)) > 25
+    # Compared with a float32 network of the same scales: with another it would be some dB.
+    worst = {mode: min(e.sqnr for e in layer_errors(mod, qdq[mode], data)) for mode in qdq}
+    assert worst[True] > max(20, worst[False])
 
 
 @pytest.mark.parametrize("layout", ["OIHW", "HWIO", "OHWI"])

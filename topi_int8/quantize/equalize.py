@@ -53,6 +53,10 @@ _ROUNDS = 50  # MobileNetV2 settles in fewer; chains of a hundred pairs would st
 _SETTLED = 1e-3  # no scale of a round is further from 1
 _LEAST = 1e-3  # of channels that are proven to be zero
 _GROWTH = 64  # by how much a channel's values may grow next to another's: six of eight bits
+# A channel is taken to reach this much more than calibration saw, if no more than the largest one:
+# other inputs will, and every channel grown to fill the range would saturate where one did before.
+# Without, a seeded MNASNet (8 images of 64x64) gained 1 dB on the images seen and lost 3 on others.
+_HEADROOM = 2
 # Of r1 and r2 that are tried; the first, s = 1, is kept where none is better.
 _EXPONENTS = tuple((a / 4, b / 4) for a in range(5) for b in range(4))
 _SLACK = 1e-4  # of its terms, more than float32 rounds a sum of products up by
@@ -235,7 +239,7 @@ class _Equalizer:
         scales = {}
         for pair, (least, most) in zip(self.pairs, self.limits, strict=True):
             second = self.states[pair.second.var].weight
-            data = seen[pair.second.data.name]
+            data = seen[pair.second.data.name].with_headroom()
             largest = np.abs(second).max(axis=(2, 3, 4), keepdims=True)
             relative = np.abs(second) / np.where(largest > 0, largest, 1.0)
             # Relative to the largest: so a clip that holds other channels at 1 fits in.
@@ -262,6 +266,11 @@ class _Seen:
         rows = channels.reshape(len(channels), -1).astype("float64")
         self.largest = np.maximum(self.largest, np.abs(rows).max(axis=1))
         self.squares = self.squares + np.mean(rows**2, axis=1)
+
+    def with_headroom(self) -> _Seen:
+        """Return it as other inputs may be: channels larger, the largest as it is."""
+        largest = np.minimum(self.largest * _HEADROOM, np.max(self.largest))
+        return replace(self, largest=largest)
 
 
 def _predicted_noise(weight: np.ndarray, data: _Seen, scale: np.ndarray) -> float:
