@@ -153,7 +153,7 @@ class Instrumented:
 
         ``what`` names the item in the ValueError that one of other shapes raises.
         """
-        return _arguments(item, self.params, what)
+        return arguments(item, self.params, what)
 
     def __call__(self, arguments: Sequence[Any]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """Return the results of ``main``, a tuple's one after the other, and tensors by name."""
@@ -169,7 +169,7 @@ def _flat(result: Any) -> list[np.ndarray]:
     return [array for field in result for array in _flat(field)]
 
 
-def _arguments(item: Any, params: Sequence[relax.Var], what: str) -> list[Any]:
+def arguments(item: Any, params: Sequence[relax.Var], what: str) -> list[Any]:
     """Return an item as tensors in the order of the parameters."""
     names = [param.name for param in params]
     if isinstance(item, Mapping):

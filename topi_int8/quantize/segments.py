@@ -12,7 +12,7 @@ from tvm import relax
 from tvm.relax.utils import copy_with_new_vars
 
 from ..target import host_target
-from .calibrate import _arguments
+from .calibrate import arguments
 from .graph import Graph
 
 Correct = Callable[[str, list[np.ndarray]], np.ndarray]
@@ -65,7 +65,7 @@ def sweep(
     machine = relax.VirtualMachine(tvm.compile(mod, target=target or host_target()), tvm.cpu())
     params = list(qdq["main"].params)
     states = [
-        dict(zip(params, _arguments(item, params, index), strict=True))
+        dict(zip(params, arguments(item, params, f"calibration item {index}"), strict=True))
         for index, item in enumerate(inputs)
     ]
     for position, segment in enumerate(segments):
