@@ -55,7 +55,10 @@ def test_float32_has_learned(name: str) -> None:
     assert right.size == 500 and right.mean() > 0.97
 
 
-@pytest.mark.parametrize("method", ["kl", "percentile", "mse", "minmax"])
+@pytest.mark.parametrize(
+    "method",
+    ["kl", "percentile", "mse", pytest.param("minmax", marks=pytest.mark.network_full)],
+)
 @pytest.mark.parametrize("name", digits.NETWORKS)
 def test_int8_is_within_half_a_point_of_float32(name: str, method: str, record_property) -> None:
     want, got = network(name)[1], right_in_int8(name, method=method)
