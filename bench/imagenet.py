@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from topi_int8.images import IMAGENET_MEAN, IMAGENET_STD
+
 from .imagenet_folder import Sample
-from .models import IMAGENET_MEAN, IMAGENET_STD
 from .photos import normalise
 
 _LOADERS = 2  # threads that decode the next batch while this one runs

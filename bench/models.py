@@ -15,6 +15,7 @@ import numpy as np
 import topi_int8
 from topi_int8 import target as targets
 from topi_int8.frontend.torchvision import import_torchvision
+from topi_int8.images import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from tvm.target import Target
 
 _CALIBRATION_SEED, _TEST_SEED = 100, 200
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _inverted_residual_end(block: Any) -> torch.nn.Module | None:

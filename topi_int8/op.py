@@ -20,7 +20,7 @@ as flat attributes; `epilogue_of` and `workload_of` read them back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -49,6 +49,20 @@ def op_name(expr: Any) -> str:
     """Return the operator's name of a call, "" for anything else."""
     is_call = isinstance(expr, relax.Call) and isinstance(expr.op, Op)
     return str(expr.op.name) if is_call else ""
+
+
+def renamed(expr: Any, new: Mapping[relax.Var, relax.Expr]) -> Any:
+    """Return an expression of values with other variables in the place of those in `new`."""
+    if isinstance(expr, relax.Var):
+        return new.get(expr, expr)
+    if isinstance(expr, relax.Call):
+        args = [renamed(arg, new) for arg in expr.args]
+        return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
+    if isinstance(expr, relax.Tuple):
+        return relax.Tuple([renamed(field, new) for field in expr.fields])
+    if isinstance(expr, relax.TupleGetItem):
+        return relax.TupleGetItem(renamed(expr.tuple_value, new), expr.index)
+    return expr
 
 
 def is_op(expr: Any, name: str) -> bool:

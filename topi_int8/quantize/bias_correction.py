@@ -22,7 +22,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .graph import Graph, constant
+from ..op import op_name
+from .chains import LAYERS, dequantized_constant
+from .graph import Graph
 from .input_mean import InputMean
 from .plan import Compute, Plan
 from .segments import sweep
@@ -81,21 +83,10 @@ def correct_biases(
 def quantized_weights(qdq: tvm.IRModule) -> dict[str, np.ndarray]:
     """Return layer name -> its int8 weight dequantized, for those with a constant one."""
     graph = Graph(qdq)
-    weights = {}
-    for var in graph.order:
-        call = graph.values[var]
-        if not isinstance(call, relax.Call) or len(call.args) < 2:
-            continue
-        real = graph.values.get(call.args[1]) if isinstance(call.args[1], relax.Var) else None
-        values = constant(real.args[0]) if isinstance(real, relax.Call) else None
-        if values is None or str(values.dtype) != "int8":
-            continue
-        scale = constant(real.args[1])
-        along = [1] * values.ndim
-        if scale.size > 1:
-            along[int(real.attrs.axis)] = -1
-        weights[var.name] = values.astype("float32") * scale.reshape(along)
-    return weights
+    layers = [var for var in graph.order if op_name(graph.values[var]) in LAYERS]
+    found = {v.name: dequantized_constant(graph, graph.values[v].args[1]) for v in layers}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
 
 
 def _analytic(

@@ -189,7 +189,7 @@ def tensors_read(graph: Graph, chains: Sequence[Chain]) -> dict[str, str]:
         own = frozenset(chain.steps)
         for step in chain.steps:
             for arg in graph.tensors(graph.values[step]):
-                if arg not in own and _weight(graph, arg) is None:
+                if arg not in own and dequantized_constant(graph, arg) is None:
                     source = quantized_tensor(graph, arg)
                     names[arg.name] = (arg if source is None else source).name
     return names
@@ -206,7 +206,7 @@ def _copy(
             return arg
         if arg in own:
             return own[arg]
-        weight = _weight(graph, arg)
+        weight = dequantized_constant(graph, arg)
         return params[arg.name] if weight is None else relax.const(weight)
 
     for step in chain.steps:
@@ -216,8 +216,8 @@ def _copy(
     return own[chain.steps[-1]]
 
 
-def _weight(graph: Graph, var: relax.Var) -> np.ndarray | None:
-    """Return the float32 value of a dequantized constant; None for other variables."""
+def dequantized_constant(graph: Graph, var: Any) -> np.ndarray | None:
+    """Return the float32 value of a dequantized constant; None for anything else."""
     call = graph.values.get(var)
     q = constant(call.args[0]) if op_name(call) == "relax.dequantize" else None
     if q is None:

@@ -11,6 +11,7 @@ import tvm
 from tvm import relax
 from tvm.relax.utils import copy_with_new_vars
 
+from ..op import renamed
 from ..target import host_target
 from .calibrate import arguments
 from .graph import Graph
@@ -135,20 +136,7 @@ def _build(
     with builder.function(segment.name, [env[var] for var in segment.inputs]):
         with builder.dataflow():
             for var in part:
-                env[var] = builder.emit(_substitute(graph.values[var], env), var.name)
+                env[var] = builder.emit(renamed(graph.values[var], env), var.name)
             outputs = [builder.emit_output(env[var]) for var in segment.outputs]
         builder.emit_func_output(relax.Tuple(outputs))
 
-
-def _substitute(expr: Any, env: dict[relax.Var, relax.Expr]) -> Any:
-    """Return an operator on other variables."""
-    if isinstance(expr, relax.Var):
-        return env[expr]
-    if isinstance(expr, relax.Call):
-        args = [_substitute(arg, env) for arg in expr.args]
-        return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
-    if isinstance(expr, relax.Tuple):
-        return relax.Tuple([_substitute(field, env) for field in expr.fields])
-    if isinstance(expr, relax.TupleGetItem):
-        return relax.TupleGetItem(_substitute(expr.tuple_value, env), expr.index)
-    return expr

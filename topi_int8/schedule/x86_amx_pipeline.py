@@ -556,16 +556,14 @@ class _Place:
         if emitter.residual is None:
             return None
         epi = conv.work.epilogue
+        pixel = [self.n, self.ob, i32(0), self._pixel(q, conv.work.residual_border)]
         if conv.float_sums:
-            at = [self.n, self.ob, i32(0), self._pixel(q, conv.work.residual_border)]
-            row = tir.BufferLoad(emitter.residual, [*at, ramp(self.channel, 64)])
+            row = tir.BufferLoad(emitter.residual, [*pixel, ramp(self.channel, 64)])
             return spread(row, epi.residual_dtype, j, epi.residual_zero_point)
         channel = ramp(self.channel + 16 * j, LANES)
         if conv.crops:  # the surplus of the last block is not stored
             channel = tir.min(channel, i32(conv.out_store - 1))
-        pixel = self._pixel(q, conv.work.residual_border)
-        index = [self.n, self.ob, i32(0), pixel, channel]
-        residual = tir.BufferLoad(emitter.residual, index)
+        residual = tir.BufferLoad(emitter.residual, [*pixel, channel])
         if emitter.plan.narrows and epi.residual_dtype in INT8_DTYPES:
             return shifted(residual, epi.residual_zero_point)
         return residual

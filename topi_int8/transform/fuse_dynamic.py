@@ -24,7 +24,7 @@ from ..op import op_name, static_shape
 from ..workload import INT8_DTYPES
 from ._qdq_emit import constant, is_static
 from ._qdq_graph import Graph, rewrite_functions
-from ._qdq_values import View, fold_move, moved_axis, view_of
+from ._qdq_values import LOST, View, fold_move, moved_axis, view_of
 
 
 @tvm.transform.module_pass(opt_level=0, name="topi_int8.FuseDynamic")
@@ -57,7 +57,7 @@ class _Rules:
         elif name in ("relax.reshape", "relax.permute_dims") and value.args[0] in self.weights:
             weight = self.weights[value.args[0]]
             axis = moved_axis(value, weight.axis)
-            if axis != -1:
+            if axis != LOST:
                 moved = constant(fold_move(value, weight.array, op.shape_of(value)))
                 self.weights[var] = replace(weight, expr=moved, axis=axis)
         elif name == "relax.matmul" and is_static(value):

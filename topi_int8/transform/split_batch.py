@@ -20,7 +20,7 @@ from tvm import relax
 from tvm.target import Target
 
 from .. import op
-from ..op import op_name, static_shape
+from ..op import op_name, renamed, static_shape
 from ..schedule.join import joined
 from ._qdq_graph import functions_of
 from .lower import opaque
@@ -308,7 +308,7 @@ class _Pieces:
         new: dict[relax.Var, relax.Var],
     ) -> relax.Var:  # fmt: skip
         """Return the operator on the images of a piece."""
-        call = _renamed(binding.value, new)
+        call = renamed(binding.value, new)
         if op_name(call) == "relax.reshape":
             shape = relax.ShapeExpr((self.size, *static_shape(binding.var)[1:]))
             call = relax.Call(call.op, [call.args[0], shape], call.attrs, call.ty_args)
@@ -333,7 +333,7 @@ class _Pieces:
                     parts = [piece[field] for piece in pieces]
                     old[var] = outer.emit(self._joined(builder, parts))
                 for binding in self.rest:
-                    old[binding.var] = outer.emit(_renamed(binding.value, old))
+                    old[binding.var] = outer.emit(renamed(binding.value, old))
                 results = [
                     outer.emit_output(old[var]) for var in _fields(self.func.body.body)
                 ]
@@ -401,20 +401,6 @@ def _variables(expr: relax.Expr) -> list[relax.Var]:
     if isinstance(expr, relax.If | relax.Function | relax.SeqExpr):
         raise _Unfit
     return []
-
-
-def _renamed(expr: relax.Expr, new: dict[relax.Var, relax.Var]) -> relax.Expr:
-    """Return an expression of values with other variables."""
-    if isinstance(expr, relax.Var):
-        return new.get(expr, expr)
-    if isinstance(expr, relax.Call):
-        args = [_renamed(arg, new) for arg in expr.args]
-        return relax.Call(expr.op, args, expr.attrs, expr.ty_args)
-    if isinstance(expr, relax.Tuple):
-        return relax.Tuple([_renamed(field, new) for field in expr.fields])
-    if isinstance(expr, relax.TupleGetItem):
-        return relax.TupleGetItem(_renamed(expr.tuple_value, new), expr.index)
-    return expr
 
 
 def _fields(result: relax.Expr) -> list[relax.Expr]:
